@@ -1,0 +1,19 @@
+/* cpu.h: what this CPU has and this OS allows, as bits. Vector sets count only when the OS saves their registers. */
+#ifndef FB_CPU_H
+#define FB_CPU_H
+
+#include <stdint.h>
+
+enum {
+    FB_CPU_AVX2 = 1 << 0,
+    FB_CPU_FMA = 1 << 1,
+    FB_CPU_F16C = 1 << 2,
+    FB_CPU_AVX512F = 1 << 3,
+    FB_CPU_AVX512BW = 1 << 4,
+    FB_CPU_AVX512DQ = 1 << 5,
+    FB_CPU_AVX512VL = 1 << 6
+};
+
+uint32_t fb_cpu_features(void);
+
+#endif
