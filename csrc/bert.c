@@ -1,0 +1,575 @@
+/* bert.c: the forward pass, in the order of the paper (Devlin et al., arXiv:1810.04805), over a ragged batch.
+ *
+ *   fb_forward
+ *     plan         sequences, longest first, are cut into micro-batches of about BUDGET tokens
+ *     fb_parallel  many micro-batches: each thread runs whole ones, alone, no barriers
+ *                  few: the team runs each together, splitting rows or columns of every operation
+ *       run_micro_batch
+ *         embed    word + position + type, LayerNorm
+ *         layer    QKV | attention | output + residual, LayerNorm | FFN up, act | FFN down + residual, LayerNorm
+ *         finish   hidden rows, pooler and sentence vectors into the caller's arrays
+ *
+ * No step's result for a sequence depends on how work is split, so bits do not depend on batch, order or threads.
+ * The model is read-only; all scratch lies in a workspace, which a call borrows from the model's rack.
+ */
+#include "dispatch.h"
+#include "error.h"
+#include "fastbert.h"
+#include "pooling.h"
+#include "threads.h"
+#include "weights.h"
+
+#include <math.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum {
+    BUDGET = 256,    /* tokens of a micro-batch: weights are read once for so many rows, activations still fit L2 */
+    BUDGET_MIN = 64, /* not below this when batches are cut finer to give every thread some */
+    QUERY_BLOCK = 64, /* rows of scores held at once: 64 x 512 floats are 128 KB */
+    RACK = 16        /* idle workspaces that a model keeps */
+};
+/* Multiply-adds under which waking a second thread costs more than it saves: about 0.1 ms of one core. */
+static const double SMALL_WORK = 5e6;
+/* Rows a thread needs before reading all weights itself beats sharing the columns with barriers between operations. */
+static const ptrdiff_t ROWS_PER_THREAD = 24;
+
+typedef struct workspace {
+    size_t bytes;
+    float *x, *y;      /* [tokens][ld_hidden]: the residual stream, and the next one being made */
+    float *qkv;        /* [tokens][ld_qkv] */
+    float *context;    /* [tokens][ld_hidden] */
+    float *up;         /* [tokens][ld_intermediate] */
+    float *rows[2];    /* [sequences][dim_max]: pooled vectors on their way through pooler or dense modules */
+    char *attention;   /* one attention scratch per member of the team */
+} workspace;
+
+struct fb_model {
+    fb_config config;
+    fb_kernels kernels;
+    fb_weights weights;
+    ptrdiff_t pooled_dim, vector_dim, dim_max;
+    ptrdiff_t ld_hidden, ld_qkv, ld_intermediate;
+    _Atomic(workspace *) rack[RACK];
+};
+
+/* ---- load ---- */
+
+/* Rows a multiple of 4 KB apart would all fall into one set of the L1 cache; a line more spreads them. */
+static ptrdiff_t leading(ptrdiff_t n)
+{
+    const ptrdiff_t ld = (n + 15) / 16 * 16;
+    return ld % 256 == 0 ? ld + 16 : ld;
+}
+
+static fb_status check_config(const fb_config *c, fb_error *err)
+{
+    const struct {
+        const char *name;
+        ptrdiff_t value, most;
+    } sizes[] = {
+        {"vocab_size", c->vocab_size, 1 << 24},
+        {"hidden_size", c->hidden_size, 1 << 14},
+        {"num_hidden_layers", c->num_hidden_layers, 1 << 10},
+        {"num_attention_heads", c->num_attention_heads, 1 << 14},
+        {"intermediate_size", c->intermediate_size, 1 << 16},
+        {"max_position_embeddings", c->max_position_embeddings, 1 << 16},
+        {"type_vocab_size", c->type_vocab_size, 1 << 16},
+    };
+    for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++)
+        if (sizes[i].value < 1 || sizes[i].value > sizes[i].most)
+            return fb_fail(err, FB_EINVAL, "%s: expected 1 to %td, got %td", sizes[i].name, sizes[i].most,
+                           sizes[i].value);
+    if (c->hidden_size % c->num_attention_heads != 0)
+        return fb_fail(err, FB_EINVAL, "num_attention_heads: expected a divisor of hidden_size %td, got %td",
+                       c->hidden_size, c->num_attention_heads);
+    if (!(c->layer_norm_eps >= 0 && c->layer_norm_eps < 1))
+        return fb_fail(err, FB_EINVAL, "layer_norm_eps: expected 0 to 1, got %g", (double)c->layer_norm_eps);
+    if (c->pooling < 0 || c->pooling > FB_POOL_ALL)
+        return fb_fail(err, FB_EINVAL, "pooling: expected FB_POOL_* bits, got %d", c->pooling);
+    if (c->num_dense < 0 || c->num_dense > FB_MAX_DENSE || (c->num_dense > 0 && c->pooling == 0))
+        return fb_fail(err, FB_EINVAL, "num_dense: expected 0 to %d after a pooling, got %d", FB_MAX_DENSE,
+                       c->num_dense);
+    return FB_OK;
+}
+
+fb_status fb_load(const fb_config *config, const fb_tensor *tensors, size_t num_tensors, const char *isa,
+                  fb_model **model, fb_error *err)
+{
+    fb_status status = check_config(config, err);
+    *model = NULL;
+    if (status != FB_OK)
+        return status;
+    fb_model *m = calloc(1, sizeof *m);
+    if (m == NULL)
+        return fb_fail(err, FB_ENOMEM, "model: out of memory");
+    m->config = *config;
+    for (int mode = 1; mode < FB_POOL_ALL; mode <<= 1)
+        m->pooled_dim += config->pooling & mode ? config->hidden_size : 0;
+    status = fb_select_kernels(isa, &m->kernels, err);
+    if (status == FB_OK)
+        status = fb_weights_load(&m->weights, config, m->pooled_dim, m->kernels.gemm_f32, tensors, num_tensors, err);
+    if (status != FB_OK) {
+        free(m);
+        return status;
+    }
+    m->vector_dim = config->num_dense ? m->weights.dense[config->num_dense - 1].out : m->pooled_dim;
+    m->dim_max = m->pooled_dim > config->hidden_size ? m->pooled_dim : config->hidden_size;
+    for (int i = 0; i < config->num_dense; i++)
+        m->dim_max = m->weights.dense[i].out > m->dim_max ? m->weights.dense[i].out : m->dim_max;
+    m->ld_hidden = leading(config->hidden_size);
+    m->ld_qkv = leading(3 * config->hidden_size);
+    m->ld_intermediate = leading(config->intermediate_size);
+    *model = m;
+    return FB_OK;
+}
+
+void fb_free(fb_model *model)
+{
+    if (model == NULL)
+        return;
+    for (int i = 0; i < RACK; i++)
+        fb_aligned_free(atomic_load(&model->rack[i]));
+    fb_weights_free(&model->weights);
+    free(model);
+}
+
+void fb_get_info(const fb_model *model, fb_info *info)
+{
+    info->isa = model->kernels.isa;
+    info->gemm_f32 = model->kernels.gemm_f32->name;
+    info->weights_bytes = model->weights.bytes;
+    info->vector_dim = model->vector_dim;
+    info->has_pooler = model->weights.pooler.packed != NULL;
+}
+
+/* ---- workspace ---- */
+
+static ptrdiff_t score_rows(ptrdiff_t tokens) { return tokens < QUERY_BLOCK ? tokens : QUERY_BLOCK; }
+
+/* Keys and values of one head, packed, and one block of scores. */
+static size_t attention_bytes(const fb_model *m, ptrdiff_t tokens)
+{
+    const ptrdiff_t head_dim = m->config.hidden_size / m->config.num_attention_heads;
+    const fb_gemm_f32 *gemm = m->kernels.gemm_f32;
+    const size_t scores = (size_t)score_rows(tokens) * (size_t)leading(tokens) * sizeof(float);
+    return gemm->packed_bytes(tokens, head_dim) + gemm->packed_bytes(head_dim, tokens) + (scores + 63) / 64 * 64;
+}
+
+/* Lays a workspace out for so many tokens; with ws == NULL it only adds up. */
+static size_t lay_out(const fb_model *m, ptrdiff_t tokens, ptrdiff_t longest, int team, workspace *ws)
+{
+    const size_t row = sizeof(float) * (size_t)tokens;
+    const struct {
+        size_t offset_of;
+        size_t bytes;
+    } parts[] = {
+        {offsetof(workspace, x), row * (size_t)m->ld_hidden},
+        {offsetof(workspace, y), row * (size_t)m->ld_hidden},
+        {offsetof(workspace, qkv), row * (size_t)m->ld_qkv},
+        {offsetof(workspace, context), row * (size_t)m->ld_hidden},
+        {offsetof(workspace, up), row * (size_t)m->ld_intermediate},
+        {offsetof(workspace, rows[0]), row * (size_t)m->dim_max},
+        {offsetof(workspace, rows[1]), row * (size_t)m->dim_max},
+        {offsetof(workspace, attention), attention_bytes(m, longest) * (size_t)team},
+    };
+    size_t used = (sizeof(workspace) + 63) / 64 * 64;
+    for (size_t i = 0; i < sizeof parts / sizeof parts[0]; i++) {
+        if (ws != NULL) {
+            void *at = (char *)ws + used;
+            memcpy((char *)ws + parts[i].offset_of, &at, sizeof at);
+        }
+        used += (parts[i].bytes + 63) / 64 * 64;
+    }
+    return used;
+}
+
+/* A workspace for so many tokens: one from the rack if it is large enough, else a new one. NULL: out of memory. */
+static workspace *borrow(const fb_model *model, ptrdiff_t tokens, ptrdiff_t longest, int team)
+{
+    fb_model *m = (fb_model *)model; /* the rack is the one part of a model that changes */
+    const size_t bytes = lay_out(m, tokens, longest, team, NULL);
+    workspace *ws = NULL;
+    for (int i = 0; i < RACK && ws == NULL; i++) {
+        ws = atomic_exchange(&m->rack[i], NULL);
+        if (ws != NULL && ws->bytes < bytes) {
+            fb_aligned_free(ws);
+            ws = NULL;
+        }
+    }
+    if (ws == NULL) {
+        ws = fb_aligned_alloc(bytes);
+        if (ws == NULL)
+            return NULL;
+        ws->bytes = bytes;
+    }
+    lay_out(m, tokens, longest, team, ws);
+    return ws;
+}
+
+static void give_back(const fb_model *model, workspace *ws)
+{
+    fb_model *m = (fb_model *)model;
+    for (int i = 0; i < RACK && ws != NULL; i++) {
+        workspace *empty = NULL;
+        if (atomic_compare_exchange_strong(&m->rack[i], &empty, ws))
+            ws = NULL;
+    }
+    fb_aligned_free(ws);
+}
+
+size_t fb_scratch_bytes(const fb_model *model, int threads)
+{
+    const ptrdiff_t longest = model->config.max_position_embeddings;
+    const ptrdiff_t tokens = longest > BUDGET ? longest : BUDGET;
+    if (threads < 1)
+        threads = fb_get_num_threads();
+    return lay_out(model, tokens, longest, threads, NULL) * (size_t)threads;
+}
+
+/* ---- plan ---- */
+
+typedef struct place {
+    ptrdiff_t length, index; /* tokens, and which sequence of the caller's batch */
+} place;
+
+typedef struct plan {
+    place *order;          /* [size] sequences, longest first */
+    ptrdiff_t *cuts;       /* [count + 1] micro-batch i is order[cuts[i]] .. order[cuts[i + 1] - 1] */
+    ptrdiff_t count;
+    ptrdiff_t tokens_most; /* of any micro-batch */
+} plan;
+
+static int longest_first(const void *a, const void *b)
+{
+    const place *p = a, *q = b;
+    if (p->length != q->length)
+        return p->length > q->length ? -1 : 1;
+    return p->index < q->index ? -1 : 1;
+}
+
+static void make_plan(const fb_batch *batch, ptrdiff_t budget, plan *p)
+{
+    for (ptrdiff_t i = 0; i < batch->size; i++)
+        p->order[i] = (place){(ptrdiff_t)(batch->offsets[i + 1] - batch->offsets[i]), i};
+    if (batch->size > 1)
+        qsort(p->order, (size_t)batch->size, sizeof *p->order, longest_first);
+    p->count = p->tokens_most = 0;
+    p->cuts[0] = 0;
+    for (ptrdiff_t i = 0, tokens = 0; i < batch->size; i++) {
+        tokens += p->order[i].length;
+        p->tokens_most = tokens > p->tokens_most ? tokens : p->tokens_most;
+        if (i + 1 == batch->size || tokens + p->order[i + 1].length > budget) {
+            p->cuts[++p->count] = i + 1;
+            tokens = 0;
+        }
+    }
+}
+
+/* ---- the forward pass of one micro-batch ---- */
+
+typedef struct micro_batch {
+    const fb_model *model;
+    const fb_batch *batch;
+    const fb_outputs *out;
+    const place *order; /* its sequences */
+    ptrdiff_t size, tokens;
+    workspace *ws;
+    const fb_team *team;
+    int by_rows;        /* members own rows throughout and meet only for attention; else they own columns */
+    ptrdiff_t row, rows_end; /* the rows of row-wise operations of this member */
+} micro_batch;
+
+static void meet_if_columns(const micro_batch *b)
+{
+    if (!b->by_rows)
+        fb_barrier(b->team);
+}
+
+/* out = residual + act(x W^T + bias), this member's share. */
+static void linear(const micro_batch *b, const fb_linear *layer, const float *x, ptrdiff_t ldx, fb_act act,
+                   const float *residual, ptrdiff_t ldr, float *out, ptrdiff_t ldo)
+{
+    const fb_gemm_f32 *gemm = b->model->kernels.gemm_f32;
+    ptrdiff_t row = 0, rows_end = b->tokens, column = 0, columns_end = layer->out;
+    if (b->by_rows) {
+        row = b->row;
+        rows_end = b->rows_end;
+    } else {
+        fb_split(b->team, layer->out, FB_STRIP, &column, &columns_end);
+    }
+    const fb_epilogue epilogue = {layer->bias ? layer->bias + column : NULL, act,
+                                  residual ? residual + row * ldr + column : NULL, ldr};
+    gemm->run(rows_end - row, columns_end - column, layer->in, x + row * ldx, ldx,
+              (const char *)layer->packed + gemm->packed_bytes(column, layer->in), &epilogue, out + row * ldo + column,
+              ldo);
+}
+
+static void layernorm(const micro_batch *b, const fb_norm *norm, const float *x, float *y)
+{
+    const fb_model *m = b->model;
+    const ptrdiff_t at = b->row * m->ld_hidden;
+    m->kernels.layernorm_f32(b->rows_end - b->row, m->config.hidden_size, x + at, m->ld_hidden, norm->gamma,
+                             norm->beta, m->config.layer_norm_eps, y + at, m->ld_hidden);
+}
+
+/* x [tokens][hidden] = LayerNorm(word[id] + type[type_id] + position[t]). */
+static void embed(const micro_batch *b)
+{
+    const fb_model *m = b->model;
+    const fb_weights *w = &m->weights;
+    const ptrdiff_t hidden = m->config.hidden_size;
+    ptrdiff_t row = 0;
+    for (ptrdiff_t s = 0; s < b->size; s++) {
+        const int64_t first = b->batch->offsets[b->order[s].index];
+        for (ptrdiff_t t = 0; t < b->order[s].length; t++, row++) {
+            if (row < b->row || row >= b->rows_end)
+                continue;
+            const float *word = w->word + b->batch->ids[first + t] * hidden;
+            const float *type = w->type + (b->batch->type_ids ? b->batch->type_ids[first + t] : 0) * hidden;
+            const float *position = w->position + t * hidden;
+            float *x = b->ws->y + row * m->ld_hidden;
+            for (ptrdiff_t j = 0; j < hidden; j++)
+                x[j] = (word[j] + type[j]) + position[j];
+        }
+    }
+    layernorm(b, &w->embeddings_norm, b->ws->y, b->ws->x);
+}
+
+/* context [tokens][hidden] = softmax(q k^T / sqrt(head_dim)) v, one sequence and head at a time. */
+static void attention(const micro_batch *b)
+{
+    const fb_model *m = b->model;
+    const fb_gemm_f32 *gemm = m->kernels.gemm_f32;
+    const fb_epilogue plain = {NULL, FB_ACT_NONE, NULL, 0};
+    const ptrdiff_t hidden = m->config.hidden_size, heads = m->config.num_attention_heads, head_dim = hidden / heads;
+    const float scale = 1.0f / sqrtf((float)head_dim);
+    char *scratch = b->ws->attention + attention_bytes(m, b->order[0].length) * (size_t)b->team->rank;
+    ptrdiff_t unit = 0, first = 0;
+    for (ptrdiff_t s = 0; s < b->size; s++) {
+        const ptrdiff_t seq = b->order[s].length, ld_scores = leading(seq), block = score_rows(seq);
+        void *keys = scratch, *values = scratch + gemm->packed_bytes(seq, head_dim);
+        float *scores = (float *)((char *)values + gemm->packed_bytes(head_dim, seq));
+        for (ptrdiff_t head = 0; head < heads; head++) {
+            if (unit++ % b->team->size != b->team->rank)
+                continue;
+            const float *q = b->ws->qkv + first * m->ld_qkv + head * head_dim, *k = q + hidden, *v = k + hidden;
+            float *context = b->ws->context + first * m->ld_hidden + head * head_dim;
+            gemm->pack(seq, head_dim, k, m->ld_qkv, 1, keys);
+            gemm->pack(head_dim, seq, v, 1, m->ld_qkv, values);
+            for (ptrdiff_t i = 0; i < seq; i += block) {
+                const ptrdiff_t rows = seq - i < block ? seq - i : block;
+                gemm->run(rows, seq, head_dim, q + i * m->ld_qkv, m->ld_qkv, keys, &plain, scores, ld_scores);
+                m->kernels.softmax_f32(rows, seq, scale, scores, ld_scores);
+                gemm->run(rows, head_dim, seq, scores, ld_scores, values, &plain, context + i * m->ld_hidden,
+                          m->ld_hidden);
+            }
+        }
+        first += seq;
+    }
+}
+
+static void layer(const micro_batch *b, const fb_layer *l)
+{
+    const fb_model *m = b->model;
+    const workspace *ws = b->ws;
+    const ptrdiff_t ldh = m->ld_hidden, ldi = m->ld_intermediate;
+    linear(b, &l->qkv, ws->x, ldh, FB_ACT_NONE, NULL, 0, ws->qkv, m->ld_qkv);
+    fb_barrier(b->team);
+    attention(b);
+    fb_barrier(b->team);
+    linear(b, &l->attention_output, ws->context, ldh, FB_ACT_NONE, ws->x, ldh, ws->y, ldh);
+    meet_if_columns(b);
+    layernorm(b, &l->attention_norm, ws->y, ws->x);
+    meet_if_columns(b);
+    linear(b, &l->intermediate, ws->x, ldh, m->config.hidden_act, NULL, 0, ws->up, ldi);
+    meet_if_columns(b);
+    linear(b, &l->output, ws->up, ldi, FB_ACT_NONE, ws->x, ldh, ws->y, ldh);
+    meet_if_columns(b);
+    layernorm(b, &l->output_norm, ws->y, ws->x);
+    meet_if_columns(b);
+}
+
+/* rows [count][in] through a small dense layer, in place of a swap: returns where the result lies. */
+static float *small_linear(const micro_batch *b, const fb_linear *l, fb_act act, float *const rows[2], int from,
+                           ptrdiff_t count)
+{
+    const fb_epilogue epilogue = {l->bias, act, NULL, 0};
+    const ptrdiff_t ld = b->model->dim_max;
+    b->model->kernels.gemm_f32->run(count, l->out, l->in, rows[from], ld, l->packed, &epilogue, rows[!from], ld);
+    return rows[!from];
+}
+
+/* Results of this member's share of the sequences into the caller's arrays, at the sequences' own places. */
+static void finish(const micro_batch *b)
+{
+    const fb_model *m = b->model;
+    const fb_config *c = &m->config;
+    const ptrdiff_t hidden = c->hidden_size, ld = m->dim_max;
+    ptrdiff_t begin, end, row = 0;
+    fb_split(b->team, b->size, 1, &begin, &end);
+    float *rows[2] = {b->ws->rows[0] + begin * ld, b->ws->rows[1] + begin * ld};
+    for (ptrdiff_t s = 0; s < begin; s++)
+        row += b->order[s].length;
+    const float *x = b->ws->x + row * m->ld_hidden;
+    const ptrdiff_t count = end - begin;
+    const place *order = b->order + begin;
+
+    if (b->out->hidden != NULL) {
+        const float *from = x;
+        for (ptrdiff_t s = 0; s < count; s++)
+            for (ptrdiff_t t = 0; t < order[s].length; t++, from += m->ld_hidden)
+                memcpy(b->out->hidden + (b->batch->offsets[order[s].index] + t) * hidden, from,
+                       (size_t)hidden * sizeof *from);
+    }
+    if (b->out->pooler != NULL && count > 0) {
+        const float *from = x;
+        for (ptrdiff_t s = 0; s < count; from += order[s++].length * m->ld_hidden)
+            memcpy(rows[0] + s * ld, from, (size_t)hidden * sizeof *from);
+        const float *pooled = small_linear(b, &m->weights.pooler, FB_ACT_TANH, rows, 0, count);
+        for (ptrdiff_t s = 0; s < count; s++)
+            memcpy(b->out->pooler + order[s].index * hidden, pooled + s * ld, (size_t)hidden * sizeof *pooled);
+    }
+    if (b->out->vectors != NULL && count > 0) {
+        const float *from = x;
+        float *vectors = rows[0];
+        for (ptrdiff_t s = 0; s < count; from += order[s++].length * m->ld_hidden)
+            fb_pool(c->pooling, order[s].length, hidden, from, m->ld_hidden, vectors + s * ld);
+        for (int i = 0; i < c->num_dense; i++)
+            vectors = small_linear(b, &m->weights.dense[i], c->dense_act[i], rows, vectors == rows[1], count);
+        for (ptrdiff_t s = 0; s < count; s++) {
+            if (c->normalize)
+                fb_normalize(m->vector_dim, vectors + s * ld);
+            memcpy(b->out->vectors + order[s].index * m->vector_dim, vectors + s * ld,
+                   (size_t)m->vector_dim * sizeof *vectors);
+        }
+    }
+}
+
+static void run_micro_batch(const fb_team *team, const fb_model *model, const fb_batch *batch, const fb_outputs *out,
+                            const place *order, ptrdiff_t size, workspace *ws)
+{
+    micro_batch b = {model, batch, out, order, size, 0, ws, team, 0, 0, 0};
+    for (ptrdiff_t s = 0; s < size; s++)
+        b.tokens += order[s].length;
+    b.by_rows = b.tokens >= ROWS_PER_THREAD * team->size;
+    fb_split(team, b.tokens, 1, &b.row, &b.rows_end);
+    embed(&b);
+    meet_if_columns(&b);
+    for (ptrdiff_t i = 0; i < model->config.num_hidden_layers; i++)
+        layer(&b, &model->weights.layers[i]);
+    fb_barrier(team);
+    finish(&b);
+    fb_barrier(team); /* the workspace is free for the next micro-batch */
+}
+
+/* ---- fb_forward ---- */
+
+typedef struct run {
+    const fb_model *model;
+    const fb_batch *batch;
+    const fb_outputs *out;
+    const fb_run_options *options;
+    const plan *plan;
+    int together;           /* the team runs each micro-batch together */
+    workspace *const *ws;   /* [threads], or one when together */
+    _Atomic ptrdiff_t next; /* micro-batch to hand out */
+    _Atomic int stop;
+} run;
+
+static void run_member(const fb_team *team, void *arg)
+{
+    static const fb_team alone = {0, 1, NULL};
+    run *r = arg;
+    const plan *p = r->plan;
+    for (ptrdiff_t turn = 0;; turn++) {
+        if (team->rank == 0 && turn > 0 && r->options->canceled != NULL && r->options->canceled(r->options->canceled_arg))
+            atomic_store(&r->stop, 1);
+        if (r->together)
+            fb_barrier(team);
+        const ptrdiff_t i = r->together ? turn : atomic_fetch_add(&r->next, 1);
+        if (i >= p->count || atomic_load(&r->stop))
+            return;
+        run_micro_batch(r->together ? team : &alone, r->model, r->batch, r->out, p->order + p->cuts[i],
+                        p->cuts[i + 1] - p->cuts[i], r->ws[r->together ? 0 : team->rank]);
+    }
+}
+
+static fb_status check_batch(const fb_model *model, const fb_batch *batch, fb_error *err)
+{
+    const fb_config *c = &model->config;
+    if (batch->size < 0 || batch->offsets[0] != 0)
+        return fb_fail(err, FB_EINVAL, "offsets: expected size + 1 values from 0, got a first value of %lld",
+                       (long long)(batch->size < 0 ? -1 : batch->offsets[0]));
+    for (ptrdiff_t s = 0; s < batch->size; s++) {
+        const int64_t length = batch->offsets[s + 1] - batch->offsets[s];
+        if (length < 1 || length > c->max_position_embeddings)
+            return fb_fail(err, FB_EINVAL, "sequence %td: expected 1 to %td tokens, got %lld", s,
+                           c->max_position_embeddings, (long long)length);
+        for (int64_t t = batch->offsets[s]; t < batch->offsets[s + 1]; t++) {
+            if (batch->ids[t] < 0 || batch->ids[t] >= c->vocab_size)
+                return fb_fail(err, FB_EINVAL, "sequence %td, token %lld: expected an id from 0 to %td, got %ld", s,
+                               (long long)(t - batch->offsets[s]), c->vocab_size - 1, (long)batch->ids[t]);
+            if (batch->type_ids && (batch->type_ids[t] < 0 || batch->type_ids[t] >= c->type_vocab_size))
+                return fb_fail(err, FB_EINVAL, "sequence %td, token %lld: expected a type id from 0 to %td, got %ld", s,
+                               (long long)(t - batch->offsets[s]), c->type_vocab_size - 1, (long)batch->type_ids[t]);
+        }
+    }
+    return FB_OK;
+}
+
+/* Multiply-adds of a token in the linear layers; attention is small beside them up to 512 tokens. */
+static double token_work(const fb_config *c)
+{
+    return (double)c->num_hidden_layers * c->hidden_size * (4.0 * c->hidden_size + 2.0 * c->intermediate_size);
+}
+
+fb_status fb_forward(const fb_model *model, const fb_batch *batch, const fb_outputs *out,
+                     const fb_run_options *options, fb_error *err)
+{
+    static const fb_run_options defaults;
+    fb_status status = check_batch(model, batch, err);
+    if (status != FB_OK || batch->size == 0)
+        return status;
+    if (out->pooler != NULL && model->weights.pooler.packed == NULL)
+        return fb_fail(err, FB_EINVAL, "pooler.dense.weight: the checkpoint has none, so there is no pooler output");
+    if (out->vectors != NULL && model->vector_dim == 0)
+        return fb_fail(err, FB_EINVAL, "pooling: the model was loaded without one, so there are no sentence vectors");
+    if (options == NULL)
+        options = &defaults;
+    const ptrdiff_t tokens = (ptrdiff_t)batch->offsets[batch->size];
+    int threads = options->threads > 0 ? options->threads : fb_get_num_threads();
+    if ((double)tokens * token_work(&model->config) < SMALL_WORK)
+        threads = 1;
+    ptrdiff_t budget = BUDGET;
+    if (threads > 1 && tokens / (4 * threads) < budget)
+        budget = tokens / (4 * threads) < BUDGET_MIN ? BUDGET_MIN : tokens / (4 * threads);
+
+    plan p = {0};
+    p.order = malloc((size_t)batch->size * sizeof *p.order);
+    p.cuts = malloc((size_t)(batch->size + 1) * sizeof *p.cuts);
+    if (p.order != NULL && p.cuts != NULL)
+        make_plan(batch, budget, &p);
+    const int together = threads > 1 && p.count < 2 * threads;
+    const int spaces = together ? 1 : threads;
+    workspace **ws = calloc((size_t)spaces, sizeof *ws);
+    int made = 0;
+    while (ws != NULL && p.order != NULL && p.cuts != NULL && made < spaces &&
+           (ws[made] = borrow(model, p.tokens_most, p.order[0].length, together ? threads : 1)) != NULL)
+        made++;
+    if (made < spaces) {
+        status = fb_fail(err, FB_ENOMEM, "scratch for %td tokens: out of memory", p.tokens_most);
+    } else {
+        run r = {model, batch, out, options, &p, together, ws, 0, 0};
+        fb_parallel(threads, run_member, &r);
+        if (atomic_load(&r.stop))
+            status = fb_fail(err, FB_ECANCELED, "canceled");
+    }
+    while (made > 0)
+        give_back(model, ws[--made]);
+    free(ws);
+    free(p.order);
+    free(p.cuts);
+    return status;
+}

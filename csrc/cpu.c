@@ -1,0 +1,53 @@
+#include "cpu.h"
+
+#if defined(__x86_64__) || defined(_M_X64) || defined(__i386__) || defined(_M_IX86)
+
+#ifdef _MSC_VER
+#include <intrin.h>
+static void cpuid(uint32_t leaf, uint32_t sub, uint32_t r[4]) { __cpuidex((int *)r, (int)leaf, (int)sub); }
+static uint64_t xgetbv0(void) { return _xgetbv(0); }
+#else
+#include <cpuid.h>
+static void cpuid(uint32_t leaf, uint32_t sub, uint32_t r[4]) { __cpuid_count(leaf, sub, r[0], r[1], r[2], r[3]); }
+static uint64_t xgetbv0(void)
+{
+    uint32_t lo, hi;
+    __asm__ volatile("xgetbv" : "=a"(lo), "=d"(hi) : "c"(0));
+    return (uint64_t)hi << 32 | lo;
+}
+#endif
+
+/* Bit numbers: Intel SDM volume 2A, CPUID leaves 1 and 7; volume 1, 13.3 (XCR0). */
+enum { EAX, EBX, ECX, EDX };
+static const struct {
+    uint8_t leaf, reg, bit;
+    uint8_t zmm; /* needs the OS to save opmask and zmm registers */
+    uint32_t feature;
+} table[] = {
+    {1, ECX, 12, 0, FB_CPU_FMA},      {1, ECX, 29, 0, FB_CPU_F16C},     {7, EBX, 5, 0, FB_CPU_AVX2},
+    {7, EBX, 16, 1, FB_CPU_AVX512F},  {7, EBX, 17, 1, FB_CPU_AVX512DQ}, {7, EBX, 30, 1, FB_CPU_AVX512BW},
+    {7, EBX, 31, 1, FB_CPU_AVX512VL},
+};
+
+uint32_t fb_cpu_features(void)
+{
+    uint32_t leaf0[4], leaves[8][4] = {{0}};
+    cpuid(0, 0, leaf0);
+    cpuid(1, 0, leaves[1]);
+    if (leaf0[EAX] >= 7)
+        cpuid(7, 0, leaves[7]);
+    const uint32_t osxsave = leaves[1][ECX] >> 27 & 1;
+    const uint64_t saved = osxsave ? xgetbv0() : 0;
+    const int ymm = (saved & 0x06) == 0x06, zmm = (saved & 0xe6) == 0xe6;
+    uint32_t features = 0;
+    for (unsigned i = 0; i < sizeof table / sizeof table[0]; i++)
+        if ((leaves[table[i].leaf][table[i].reg] >> table[i].bit & 1) && (table[i].zmm ? zmm : ymm))
+            features |= table[i].feature;
+    return features;
+}
+
+#else
+
+uint32_t fb_cpu_features(void) { return 0; }
+
+#endif

@@ -1,0 +1,27 @@
+/* avx2.c: kernels for x86-64 with AVX2 and FMA (Intel Haswell 2013, AMD Excavator 2015, and later).
+ *
+ * gemm_f32 keeps a 6x16 tile of C in 12 of the 16 ymm registers; 2 hold one step of packed W and 1 or 2 the broadcast
+ * elements of A. Fewer rows take more strips, so that about eight chains hide the latency of the multiply-add.
+ */
+#include "../cpu.h"
+#include "../kernels.h"
+#include <math.h>
+#include "simd_avx2.h"
+
+#define FB_ISA_NAME(op) op##_avx2
+#include "rows.inc.h"
+
+#define FB_GEMM_MR 6
+#define FB_GEMM_TILES(X) X(1, 1) X(1, 2) X(1, 3) X(1, 4) X(2, 1) X(2, 2) X(3, 1) X(3, 2) X(4, 1) X(5, 1) X(6, 1)
+static const int fb_gemm_strips[FB_GEMM_MR + 1] = {0, 4, 2, 2, 1, 1, 1};
+#include "gemm_f32.inc.h"
+
+static const fb_gemm_f32 gemm_f32 = {"gemm_f32_6x16_avx2", packed_bytes_avx2, pack_avx2, gemm_f32_avx2};
+
+const fb_kernels fb_kernels_avx2 = {
+    .isa = "avx2",
+    .needs = FB_CPU_AVX2 | FB_CPU_FMA | FB_CPU_F16C,
+    .gemm_f32 = &gemm_f32,
+    .softmax_f32 = softmax_f32_avx2,
+    .layernorm_f32 = layernorm_f32_avx2,
+};

@@ -1,0 +1,157 @@
+/* gemm_f32.inc.h: the float32 GEMM, written once over the 16-lane vector of simd_*.h.
+ *
+ * A kernel file includes its simd_*.h and rows.inc.h, then defines
+ *   FB_GEMM_TILES(X)   the register tiles it can hold, X(rows, strips) each, for every rows 1..FB_GEMM_MR and every
+ *                      strips 1..fb_gemm_strips[rows]
+ *   FB_GEMM_MR         most rows of a tile
+ *   fb_gemm_strips     [FB_GEMM_MR + 1] strips of 16 columns that a tile of so many rows takes
+ *
+ * Packed W: strips of 16 rows of W (columns of C), k-major, so that one step of k is 16 consecutive floats:
+ *     strip 0: p=0: w0 .. w15 | p=1: w0 .. w15 | ...     strip 1: p=0: w16 .. w31 | ...     (last padded with 0)
+ *
+ * Loops, outermost first: groups of strips | blocks of FB_KC along k | groups of rows. A panel of one group of strips by
+ * FB_KC stays in the L1 cache while the rows of A pass by; C holds the sum of the blocks so far. Rows are divided evenly
+ * (13 = 7 + 6, not 12 + 1), strips too.
+ */
+
+typedef void fb_tile(ptrdiff_t k, const float *a, ptrdiff_t lda, const float *strip, ptrdiff_t strip_floats,
+                     int first_block, ptrdiff_t last_columns, float *c, ptrdiff_t ldc);
+
+/* mr rows by nv strips over one block of k. mr and nv are constants at each call, so acc stays in registers. */
+static inline __attribute__((always_inline)) void fb_tile_any(const int mr, const int nv, ptrdiff_t k, const float *a,
+                                                              ptrdiff_t lda, const float *strip, ptrdiff_t strip_floats,
+                                                              int first_block, ptrdiff_t last_columns, float *c,
+                                                              ptrdiff_t ldc)
+{
+    vf acc[FB_GEMM_MR][8];
+#pragma GCC unroll 16
+    for (int i = 0; i < mr; i++)
+#pragma GCC unroll 8
+        for (int j = 0; j < nv; j++)
+            acc[i][j] = v_set1(0.0f);
+    for (ptrdiff_t p = 0; p < k; p++) {
+        vf w[8];
+#pragma GCC unroll 8
+        for (int j = 0; j < nv; j++)
+            w[j] = v_load(strip + j * strip_floats + p * 16);
+#pragma GCC unroll 16
+        for (int i = 0; i < mr; i++) {
+            const vf x = v_set1(a[i * lda + p]);
+#pragma GCC unroll 8
+            for (int j = 0; j < nv; j++)
+                acc[i][j] = v_fma(x, w[j], acc[i][j]);
+        }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < mr; i++)
+#pragma GCC unroll 8
+        for (int j = 0; j < nv; j++) {
+            float *out = c + i * ldc + j * 16;
+            if (j == nv - 1 && last_columns < 16)
+                v_store_n(out, first_block ? acc[i][j] : v_add(v_load_n(out, last_columns, 0.0f), acc[i][j]),
+                          last_columns);
+            else
+                v_store(out, first_block ? acc[i][j] : v_add(v_load(out), acc[i][j]));
+        }
+}
+
+#define FB_TILE(mr, nv)                                                                                                \
+    static void tile_##mr##x##nv(ptrdiff_t k, const float *a, ptrdiff_t lda, const float *strip,                       \
+                                 ptrdiff_t strip_floats, int first_block, ptrdiff_t last_columns, float *c,            \
+                                 ptrdiff_t ldc)                                                                        \
+    {                                                                                                                  \
+        fb_tile_any(mr, nv, k, a, lda, strip, strip_floats, first_block, last_columns, c, ldc);                        \
+    }
+FB_GEMM_TILES(FB_TILE)
+#undef FB_TILE
+
+#define FB_TILE(mr, nv) [mr][nv] = tile_##mr##x##nv,
+static fb_tile *const tiles[FB_GEMM_MR + 1][8 + 1] = {FB_GEMM_TILES(FB_TILE)};
+#undef FB_TILE
+
+/* C = residual + act(C + bias) for one tile, while it is in the L1 cache. */
+static void epilogue_f32(ptrdiff_t m, ptrdiff_t n, ptrdiff_t column, const fb_epilogue *epilogue, float *c,
+                         ptrdiff_t ldc)
+{
+    for (ptrdiff_t i = 0; i < m; i++, c += ldc) {
+        const float *residual = epilogue->residual ? epilogue->residual + i * epilogue->ldr + column : NULL;
+        const float *bias = epilogue->bias ? epilogue->bias + column : NULL;
+        for (ptrdiff_t j = 0; j < n; j += 16) {
+            const ptrdiff_t width = n - j < 16 ? n - j : 16;
+            vf x = width == 16 ? v_load(c + j) : v_load_n(c + j, width, 0.0f);
+            if (bias)
+                x = v_add(x, width == 16 ? v_load(bias + j) : v_load_n(bias + j, width, 0.0f));
+            x = v_act(epilogue->act, x);
+            if (residual)
+                x = v_add(width == 16 ? v_load(residual + j) : v_load_n(residual + j, width, 0.0f), x);
+            if (width == 16)
+                v_store(c + j, x);
+            else
+                v_store_n(c + j, x, width);
+        }
+    }
+}
+
+static size_t FB_ISA_NAME(packed_bytes)(ptrdiff_t n, ptrdiff_t k)
+{
+    return (size_t)((n + 15) / 16) * 16 * (size_t)k * sizeof(float);
+}
+
+static void FB_ISA_NAME(pack)(ptrdiff_t n, ptrdiff_t k, const float *w, ptrdiff_t stride_n, ptrdiff_t stride_k,
+                              void *packed)
+{
+    float *out = packed;
+    for (ptrdiff_t j = 0; j < n; j += 16, w += 16 * stride_n) {
+        const ptrdiff_t width = n - j < 16 ? n - j : 16;
+        ptrdiff_t p = 0;
+        if (stride_n == 1) {
+            for (; p < k; p++, out += 16)
+                v_store(out, width == 16 ? v_load(w + p * stride_k) : v_load_n(w + p * stride_k, width, 0.0f));
+            continue;
+        }
+        for (; p < k; p += 16) {
+            const ptrdiff_t depth = k - p < 16 ? k - p : 16;
+            vf r[16];
+            for (ptrdiff_t i = 0; i < 16; i++)
+                r[i] = i >= width    ? v_set1(0.0f)
+                       : depth == 16 ? v_load(w + i * stride_n + p)
+                                     : v_load_n(w + i * stride_n + p, depth, 0.0f);
+            v_transpose(r);
+            for (ptrdiff_t i = 0; i < depth; i++, out += 16)
+                v_store(out, r[i]);
+        }
+    }
+}
+
+static void FB_ISA_NAME(gemm_f32)(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const float *a, ptrdiff_t lda,
+                                  const void *packed, const fb_epilogue *epilogue, float *c, ptrdiff_t ldc)
+{
+    if (m <= 0 || n <= 0)
+        return;
+    const int fused = epilogue->bias || epilogue->residual || epilogue->act != FB_ACT_NONE;
+    const ptrdiff_t row_groups = (m + FB_GEMM_MR - 1) / FB_GEMM_MR;
+    const ptrdiff_t strips = (n + 15) / 16, wide = fb_gemm_strips[(m + row_groups - 1) / row_groups];
+    const ptrdiff_t strip_groups = (strips + wide - 1) / wide;
+    for (ptrdiff_t g = 0; g < strip_groups; g++) {
+        const ptrdiff_t s = strips * g / strip_groups, nv = strips * (g + 1) / strip_groups - s;
+        const ptrdiff_t columns = (s + nv) * 16 <= n ? nv * 16 : n - s * 16;
+        const float *panel = (const float *)packed + s * 16 * k;
+        ptrdiff_t p = 0;
+        do {
+            const ptrdiff_t block = k - p < FB_KC ? k - p : FB_KC;
+            for (ptrdiff_t h = 0; h < row_groups; h++) {
+                const ptrdiff_t i = m * h / row_groups, mr = m * (h + 1) / row_groups - i;
+                float *tile = c + i * ldc + s * 16;
+                tiles[mr][nv](block, a + i * lda + p, lda, panel + p * 16, k * 16, p == 0, columns - (nv - 1) * 16,
+                              tile, ldc);
+                if (fused && p + block == k) {
+                    fb_epilogue rows = *epilogue;
+                    if (rows.residual)
+                        rows.residual += i * rows.ldr;
+                    epilogue_f32(mr, columns, s * 16, &rows, tile, ldc);
+                }
+            }
+            p += block;
+        } while (p < k);
+    }
+}

@@ -1,0 +1,102 @@
+/* simd_scalar.h: the 16-lane vector of rows.inc.h and gemm_f32.inc.h in plain C: any CPU, any compiler.
+ *
+ * The three simd_*.h give the same names with the same results to the last bit:
+ *   vf                          16 float32 lanes
+ *   v_load_n / v_store_n        the first n lanes, 1 <= n <= 16; absent lanes are loaded as `fill`, never touched in memory
+ *   v_max(limit, x), v_min      x when the comparison is unordered: a NaN in x stays
+ *   v_sum                       the tree of kernels.h: lane l + lane l+8, then l+4, l+2, l+1
+ *   v_scale2(p, t)              p * 2^i, i = -126 .. 127 the integer that t = x + 1.5 * 2^23 carries in its low bits
+ *   v_ifgt(a, b, x, y)          a > b ? x : y, lane by lane
+ */
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+typedef struct {
+    float l[16];
+} vf;
+
+#define FB_LANES for (int i = 0; i < 16; i++)
+
+static inline vf v_set1(float x)
+{
+    vf r;
+    FB_LANES r.l[i] = x;
+    return r;
+}
+static inline vf v_load(const float *p)
+{
+    vf r;
+    memcpy(r.l, p, sizeof r.l);
+    return r;
+}
+static inline vf v_load_n(const float *p, ptrdiff_t n, float fill)
+{
+    vf r;
+    FB_LANES r.l[i] = i < n ? p[i] : fill;
+    return r;
+}
+static inline void v_store(float *p, vf a) { memcpy(p, a.l, sizeof a.l); }
+static inline void v_store_n(float *p, vf a, ptrdiff_t n) { memcpy(p, a.l, (size_t)n * sizeof(float)); }
+
+#define FB_LANEWISE(name, expression)                                                                                  \
+    static inline vf name(vf a, vf b)                                                                                  \
+    {                                                                                                                  \
+        FB_LANES a.l[i] = expression;                                                                                  \
+        return a;                                                                                                      \
+    }
+FB_LANEWISE(v_add, a.l[i] + b.l[i])
+FB_LANEWISE(v_sub, a.l[i] - b.l[i])
+FB_LANEWISE(v_mul, a.l[i] * b.l[i])
+FB_LANEWISE(v_div, a.l[i] / b.l[i])
+FB_LANEWISE(v_max, a.l[i] > b.l[i] ? a.l[i] : b.l[i])
+FB_LANEWISE(v_min, a.l[i] < b.l[i] ? a.l[i] : b.l[i])
+FB_LANEWISE(v_copysign, copysignf(a.l[i], b.l[i]))
+
+static inline vf v_fma(vf a, vf b, vf c)
+{
+    FB_LANES a.l[i] = fmaf(a.l[i], b.l[i], c.l[i]);
+    return a;
+}
+static inline vf v_abs(vf a)
+{
+    FB_LANES a.l[i] = fabsf(a.l[i]);
+    return a;
+}
+static inline vf v_ifgt(vf a, vf b, vf x, vf y)
+{
+    FB_LANES a.l[i] = a.l[i] > b.l[i] ? x.l[i] : y.l[i];
+    return a;
+}
+static inline vf v_scale2(vf p, vf t)
+{
+    uint32_t bits[16];
+    memcpy(bits, t.l, sizeof bits);
+    FB_LANES bits[i] = (bits[i] << 23) + 0x3f800000u; /* the exponent of 1.0f plus i */
+    memcpy(t.l, bits, sizeof bits);
+    return v_mul(p, t);
+}
+static inline float v_sum(vf a)
+{
+    for (int half = 8; half > 0; half /= 2)
+        for (int i = 0; i < half; i++)
+            a.l[i] += a.l[i + half];
+    return a.l[0];
+}
+static inline float v_largest(vf a)
+{
+    float r = a.l[0];
+    for (int i = 1; i < 16; i++)
+        r = r > a.l[i] ? r : a.l[i];
+    return r;
+}
+/* r[i] lane j <-> r[j] lane i. */
+static inline void v_transpose(vf r[16])
+{
+    for (int i = 0; i < 16; i++)
+        for (int j = 0; j < i; j++) {
+            float t = r[i].l[j];
+            r[i].l[j] = r[j].l[i];
+            r[j].l[i] = t;
+        }
+}

@@ -1,0 +1,261 @@
+/* weights.c: one walk over the model's tensors, run twice: first it adds up sizes, then it packs into the block.
+ */
+#include "weights.h"
+
+#include "error.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef _WIN32
+#include <malloc.h>
+#endif
+
+void *fb_aligned_alloc(size_t bytes)
+{
+    if (bytes > SIZE_MAX - 63)
+        return NULL;
+    bytes = (bytes + 63) / 64 * 64;
+#ifdef _WIN32
+    void *memory = _aligned_malloc(bytes, 64);
+#else
+    void *memory = NULL;
+    if (posix_memalign(&memory, 64, bytes ? bytes : 64) != 0)
+        memory = NULL;
+#endif
+    if (memory != NULL)
+        memset(memory, 0, bytes);
+    return memory;
+}
+
+void fb_aligned_free(void *memory)
+{
+#ifdef _WIN32
+    _aligned_free(memory);
+#else
+    free(memory);
+#endif
+}
+
+/* ---- element types ---- */
+
+static float from_bits(uint32_t bits)
+{
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+static float from_f16(uint16_t h)
+{
+    const uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = h >> 10 & 31, fraction = h & 0x3ff;
+    if (exponent == 0) /* zero and subnormal: fraction * 2^-24, exact */
+        return from_bits(sign) + (sign ? -1.0f : 1.0f) * (float)fraction * 0x1p-24f;
+    if (exponent == 31)
+        return from_bits(sign | 0x7f800000 | fraction << 13);
+    return from_bits(sign | (exponent + 112) << 23 | fraction << 13);
+}
+
+/* count elements of an unaligned little-endian tensor to float32. */
+static void convert(const fb_tensor *t, int64_t count, float *out)
+{
+    const unsigned char *in = t->data;
+    switch (t->dtype) {
+    case FB_F32:
+        memcpy(out, in, (size_t)count * sizeof *out);
+        break;
+    case FB_F16:
+    case FB_BF16:
+        for (int64_t i = 0; i < count; i++) {
+            uint16_t h;
+            memcpy(&h, in + 2 * i, sizeof h);
+            out[i] = t->dtype == FB_F16 ? from_f16(h) : from_bits((uint32_t)h << 16);
+        }
+        break;
+    case FB_F64:
+        for (int64_t i = 0; i < count; i++) {
+            double d;
+            memcpy(&d, in + 8 * i, sizeof d);
+            out[i] = (float)d;
+        }
+        break;
+    }
+}
+
+/* ---- the walk ---- */
+
+typedef struct walk {
+    const fb_tensor *tensors;
+    size_t num_tensors;
+    const fb_gemm_f32 *gemm;
+    char *block;     /* NULL in the first run */
+    size_t used;     /* bytes of the block so far */
+    float *staging;  /* one linear layer, row-major, before packing */
+    size_t staging_bytes;
+    fb_error *err;
+    fb_status status; /* the first failure; later steps do nothing */
+} walk;
+
+static void *take(walk *w, size_t bytes)
+{
+    const size_t at = w->used;
+    w->used += (bytes + 63) / 64 * 64;
+    return w->block ? w->block + at : NULL;
+}
+
+static const fb_tensor *find(const walk *w, const char *name)
+{
+    for (size_t i = 0; i < w->num_tensors; i++)
+        if (strcmp(w->tensors[i].name, name) == 0)
+            return &w->tensors[i];
+    return NULL;
+}
+
+static void describe(char *text, size_t size, const int64_t *shape, int rank)
+{
+    size_t used = (size_t)snprintf(text, size, "[");
+    for (int i = 0; i < rank && used < size; i++)
+        used += (size_t)snprintf(text + used, size - used, "%s%lld", i ? ", " : "", (long long)shape[i]);
+    if (used < size)
+        snprintf(text + used, size - used, "]");
+}
+
+/* The tensor `name` with the shape [rows, columns], or [columns] when rows is 0; NULL after a failure. */
+static const fb_tensor *expect(walk *w, const char *name, ptrdiff_t rows, ptrdiff_t columns)
+{
+    const int64_t wanted[2] = {rows ? rows : columns, columns};
+    const int rank = rows ? 2 : 1;
+    char expected[64], got[128];
+    if (w->status != FB_OK)
+        return NULL;
+    const fb_tensor *t = find(w, name);
+    describe(expected, sizeof expected, wanted, rank);
+    if (t == NULL) {
+        w->status = fb_fail(w->err, FB_EINVAL, "%s: expected %s, but the checkpoint has no such tensor", name, expected);
+        return NULL;
+    }
+    if (t->rank != rank || t->shape[0] != wanted[0] || (rank == 2 && t->shape[1] != wanted[1])) {
+        describe(got, sizeof got, t->shape, t->rank);
+        w->status = fb_fail(w->err, FB_EINVAL, "%s: expected %s, got %s", name, expected, got);
+        return NULL;
+    }
+    return t;
+}
+
+/* A vector or table as it is. */
+static const float *table(walk *w, const char *name, ptrdiff_t rows, ptrdiff_t columns)
+{
+    const fb_tensor *t = expect(w, name, rows, columns);
+    const ptrdiff_t count = (rows ? rows : 1) * columns;
+    float *out = take(w, (size_t)count * sizeof *out);
+    if (t != NULL && out != NULL)
+        convert(t, count, out);
+    return out;
+}
+
+static fb_norm norm(walk *w, const char *prefix, ptrdiff_t n)
+{
+    char name[160];
+    fb_norm r;
+    snprintf(name, sizeof name, "%s.weight", prefix);
+    r.gamma = table(w, name, 0, n);
+    snprintf(name, sizeof name, "%s.bias", prefix);
+    r.beta = table(w, name, 0, n);
+    return r;
+}
+
+/* `parts` linear layers of [out][in] stacked into one of [parts * out][in]. A missing bias is an error unless optional. */
+static fb_linear linear(walk *w, const char *prefix, const char *const *names, int parts, ptrdiff_t out, ptrdiff_t in,
+                        int bias_optional)
+{
+    char name[160];
+    const ptrdiff_t n = parts * out;
+    const size_t staging = (size_t)n * (size_t)in * sizeof(float);
+    fb_linear r = {n, in, take(w, w->gemm->packed_bytes(n, in)), NULL};
+    float *bias = NULL;
+    if (staging > w->staging_bytes)
+        w->staging_bytes = staging;
+    for (int part = 0; part < parts; part++) {
+        snprintf(name, sizeof name, "%s%s.weight", prefix, names[part]);
+        const fb_tensor *t = expect(w, name, out, in);
+        if (t != NULL && w->block != NULL)
+            convert(t, out * in, w->staging + part * out * in);
+        snprintf(name, sizeof name, "%s%s.bias", prefix, names[part]);
+        if (bias_optional && find(w, name) == NULL)
+            continue;
+        t = expect(w, name, 0, out);
+        if (part == 0)
+            r.bias = bias = take(w, (size_t)n * sizeof *bias);
+        if (t != NULL && w->block != NULL)
+            convert(t, out, bias + part * out);
+    }
+    if (w->status == FB_OK && w->block != NULL)
+        w->gemm->pack(n, in, w->staging, in, 1, (void *)r.packed);
+    return r;
+}
+
+static void walk_model(walk *w, const fb_config *c, ptrdiff_t pooled_dim, fb_weights *out)
+{
+    static const char *const qkv[] = {"query", "key", "value"}, *const itself[] = {""};
+    const ptrdiff_t hidden = c->hidden_size;
+    char prefix[128];
+
+    w->used = 0;
+    out->word = table(w, "embeddings.word_embeddings.weight", c->vocab_size, hidden);
+    out->position = table(w, "embeddings.position_embeddings.weight", c->max_position_embeddings, hidden);
+    out->type = table(w, "embeddings.token_type_embeddings.weight", c->type_vocab_size, hidden);
+    out->embeddings_norm = norm(w, "embeddings.LayerNorm", hidden);
+    for (int i = 0; i < c->num_hidden_layers && w->status == FB_OK; i++) {
+        fb_layer *layer = &out->layers[i];
+#define FB_PREFIX(rest) (snprintf(prefix, sizeof prefix, "encoder.layer.%d." rest, i), prefix)
+        layer->qkv = linear(w, FB_PREFIX("attention.self."), qkv, 3, hidden, hidden, 0);
+        layer->attention_output = linear(w, FB_PREFIX("attention.output.dense"), itself, 1, hidden, hidden, 0);
+        layer->attention_norm = norm(w, FB_PREFIX("attention.output.LayerNorm"), hidden);
+        layer->intermediate = linear(w, FB_PREFIX("intermediate.dense"), itself, 1, c->intermediate_size, hidden, 0);
+        layer->output = linear(w, FB_PREFIX("output.dense"), itself, 1, hidden, c->intermediate_size, 0);
+        layer->output_norm = norm(w, FB_PREFIX("output.LayerNorm"), hidden);
+#undef FB_PREFIX
+    }
+    memset(&out->pooler, 0, sizeof out->pooler);
+    if (find(w, "pooler.dense.weight") != NULL)
+        out->pooler = linear(w, "pooler.dense", itself, 1, hidden, hidden, 0);
+    for (int i = 0; i < c->num_dense && w->status == FB_OK; i++) {
+        snprintf(prefix, sizeof prefix, "dense.%d.weight", i);
+        const fb_tensor *t = find(w, prefix);
+        const ptrdiff_t dim = t != NULL && t->rank == 2 && t->shape[0] > 0 ? (ptrdiff_t)t->shape[0] : 1;
+        snprintf(prefix, sizeof prefix, "dense.%d", i);
+        out->dense[i] = linear(w, prefix, itself, 1, dim, pooled_dim, 1);
+        pooled_dim = dim;
+    }
+}
+
+fb_status fb_weights_load(fb_weights *weights, const fb_config *config, ptrdiff_t pooled_dim, const fb_gemm_f32 *gemm,
+                          const fb_tensor *tensors, size_t num_tensors, fb_error *err)
+{
+    walk w = {.tensors = tensors, .num_tensors = num_tensors, .gemm = gemm, .err = err};
+    memset(weights, 0, sizeof *weights);
+    weights->layers = calloc((size_t)config->num_hidden_layers, sizeof *weights->layers);
+    if (weights->layers == NULL)
+        return fb_fail(err, FB_ENOMEM, "%td layers: out of memory", config->num_hidden_layers);
+    walk_model(&w, config, pooled_dim, weights);
+    if (w.status == FB_OK) {
+        weights->bytes = w.used;
+        weights->block = w.block = fb_aligned_alloc(w.used);
+        w.staging = malloc(w.staging_bytes);
+        if (w.block == NULL || w.staging == NULL)
+            w.status = fb_fail(err, FB_ENOMEM, "packed weights of %zu bytes: out of memory", w.used + w.staging_bytes);
+        else
+            walk_model(&w, config, pooled_dim, weights);
+    }
+    free(w.staging);
+    if (w.status != FB_OK)
+        fb_weights_free(weights);
+    return w.status;
+}
+
+void fb_weights_free(fb_weights *weights)
+{
+    fb_aligned_free(weights->block);
+    free(weights->layers);
+    memset(weights, 0, sizeof *weights);
+}

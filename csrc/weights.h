@@ -1,0 +1,49 @@
+/* weights.h: the tensors of a checkpoint, found by name, checked, converted to float32 and packed once, at load.
+ *
+ * Everything lies in one 64-byte aligned block, in the order of the forward pass.
+ */
+#ifndef FB_WEIGHTS_H
+#define FB_WEIGHTS_H
+
+#include "kernels.h"
+
+/* A linear layer y = act(x W^T + bias), W [out][in] packed by the kernel set's gemm. */
+typedef struct fb_linear {
+    ptrdiff_t out, in;
+    const void *packed;
+    const float *bias; /* [out] or NULL */
+} fb_linear;
+
+typedef struct fb_norm {
+    const float *gamma, *beta; /* [hidden] */
+} fb_norm;
+
+typedef struct fb_layer {
+    fb_linear qkv; /* [3 hidden][hidden]: query, key and value stacked */
+    fb_linear attention_output;
+    fb_norm attention_norm;
+    fb_linear intermediate;
+    fb_linear output;
+    fb_norm output_norm;
+} fb_layer;
+
+typedef struct fb_weights {
+    void *block; /* owns all that the pointers below point into */
+    size_t bytes;
+    const float *word, *position, *type; /* embedding tables, row-major [rows][hidden] */
+    fb_norm embeddings_norm;
+    fb_layer *layers; /* [num_hidden_layers] */
+    fb_linear pooler; /* packed is NULL when the checkpoint has none */
+    fb_linear dense[FB_MAX_DENSE];
+} fb_weights;
+
+/* pooled_dim: the length that the first dense module takes. On failure nothing is held. */
+fb_status fb_weights_load(fb_weights *weights, const fb_config *config, ptrdiff_t pooled_dim, const fb_gemm_f32 *gemm,
+                          const fb_tensor *tensors, size_t num_tensors, fb_error *err);
+void fb_weights_free(fb_weights *weights);
+
+/* 64-byte aligned memory that starts at 0; NULL when there is none. Freed by fb_aligned_free. */
+void *fb_aligned_alloc(size_t bytes);
+void fb_aligned_free(void *memory);
+
+#endif

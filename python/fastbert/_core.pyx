@@ -1,0 +1,339 @@
+# cython: language_level=3, freethreading_compatible=True, binding=True
+"""Binding of csrc/fastbert.h: the packed model and its forward pass. Shapes are checked here, once."""
+
+from libc.stdint cimport int32_t, int64_t
+from libc.stdlib cimport calloc, free
+
+import numpy as np
+
+
+cdef extern from "Python.h":
+    int PyErr_CheckSignals() noexcept  # declared so that Cython leaves the exception it sets alone
+
+
+cdef extern from "fastbert.h" nogil:
+    ctypedef enum fb_status:
+        FB_OK
+        FB_EINVAL
+        FB_ENOMEM
+        FB_ECANCELED
+    ctypedef struct fb_error:
+        fb_status status
+        char text[512]
+    ctypedef enum fb_dtype:
+        FB_F32
+        FB_F16
+        FB_BF16
+        FB_F64
+    ctypedef enum fb_act:
+        FB_ACT_NONE
+        FB_ACT_GELU
+        FB_ACT_GELU_TANH
+        FB_ACT_RELU
+        FB_ACT_SILU
+        FB_ACT_TANH
+    enum:
+        FB_POOL_CLS
+        FB_POOL_MAX
+        FB_POOL_MEAN
+        FB_POOL_MEAN_SQRT_LEN
+        FB_POOL_WEIGHTED_MEAN
+        FB_POOL_LAST
+        FB_MAX_DENSE
+    ctypedef struct fb_config:
+        ptrdiff_t vocab_size, hidden_size, num_hidden_layers, num_attention_heads, intermediate_size
+        ptrdiff_t max_position_embeddings, type_vocab_size
+        float layer_norm_eps
+        fb_act hidden_act
+        int pooling
+        int num_dense
+        fb_act dense_act[8]
+        int normalize
+    ctypedef struct fb_tensor:
+        const char *name
+        const void *data
+        fb_dtype dtype
+        int rank
+        int64_t shape[4]
+    ctypedef struct fb_model:
+        pass
+    fb_status fb_load(const fb_config *, const fb_tensor *, size_t, const char *, fb_model **, fb_error *)
+    void fb_free(fb_model *)
+    ctypedef struct fb_info:
+        const char *isa
+        const char *gemm_f32
+        size_t weights_bytes
+        ptrdiff_t vector_dim
+        int has_pooler
+    void fb_get_info(const fb_model *, fb_info *)
+    ctypedef struct fb_batch:
+        const int32_t *ids
+        const int32_t *type_ids
+        const int64_t *offsets
+        ptrdiff_t size
+    ctypedef struct fb_outputs:
+        float *hidden
+        float *pooler
+        float *vectors
+    ctypedef struct fb_run_options:
+        int threads
+        int (*canceled)(void *) noexcept nogil
+        void *canceled_arg
+    fb_status fb_forward(const fb_model *, const fb_batch *, const fb_outputs *, const fb_run_options *, fb_error *)
+    size_t fb_scratch_bytes(const fb_model *, int)
+    int fb_get_num_threads()
+    void fb_set_num_threads(int)
+
+
+cdef extern from "dispatch.h" nogil:
+    ctypedef struct fb_kernels:
+        const char *isa
+    ctypedef struct fb_isa_row:
+        const fb_kernels *kernels
+        int supported
+    int fb_isa_count()
+    fb_isa_row fb_isa_at(int)
+    fb_status fb_select_kernels(const char *, fb_kernels *, fb_error *)
+
+
+cdef dict DTYPES = {"F32": FB_F32, "F16": FB_F16, "BF16": FB_BF16, "F64": FB_F64}
+cdef dict ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8}
+cdef dict ACTIVATIONS = {
+    "none": FB_ACT_NONE, "gelu": FB_ACT_GELU, "gelu_tanh": FB_ACT_GELU_TANH, "relu": FB_ACT_RELU,
+    "silu": FB_ACT_SILU, "tanh": FB_ACT_TANH,
+}
+cdef dict POOLINGS = {
+    "cls": FB_POOL_CLS, "max": FB_POOL_MAX, "mean": FB_POOL_MEAN, "mean_sqrt_len": FB_POOL_MEAN_SQRT_LEN,
+    "weightedmean": FB_POOL_WEIGHTED_MEAN, "lasttoken": FB_POOL_LAST,
+}
+
+
+cdef int raise_status(fb_error *err) except -1:
+    text = err.text.decode("utf-8", "replace")
+    if err.status == FB_ENOMEM:
+        raise MemoryError(text)
+    raise ValueError(text)
+
+
+cdef int lookup(dict table, key, str what) except -1:
+    try:
+        return table[key]
+    except (KeyError, TypeError):
+        raise ValueError(f"{what}: expected one of {', '.join(table)}, got {key!r}") from None
+
+
+cdef int raise_pending() except -1:
+    """Lets the exception that a signal handler has set go on."""
+    return -1
+
+
+cdef int poll_signals(void *caller) noexcept nogil:
+    """Runs pending Python signal handlers; what they raise (KeyboardInterrupt) stays set and stops the run."""
+    with gil:
+        return PyErr_CheckSignals() != 0
+
+
+cdef class Model:
+    """A packed, read-only encoder; forward() may be called from many threads at once.
+
+    config: the numbers of config.json under their own names, "hidden_act" (none gelu gelu_tanh relu silu tanh),
+    "pooling" (names of pooling modes), "dense" (activation names, tensors dense.<i>.weight and .bias), "normalize".
+    tensors: name -> (buffer, dtype, shape), dtype one of F32 F16 BF16 F64, names without prefix. The buffers are
+    not needed afterwards. isa: the kernel set; None follows FASTBERT_ISA, else takes the best.
+    Raises ValueError naming the entry or tensor and what was expected; MemoryError.
+    """
+
+    cdef fb_model *model
+    cdef fb_info facts
+    cdef readonly Py_ssize_t hidden_size, max_position_embeddings
+
+    def __init__(self, config, tensors, isa=None):
+        cdef fb_config c
+        cdef fb_error err
+        cdef fb_status status
+        cdef fb_tensor *table
+        cdef fb_model *model = NULL
+        cdef size_t count = len(tensors), i = 0
+        cdef bytes isa_bytes = None if isa is None else isa.encode()
+        cdef const char *isa_name = NULL if isa is None else <const char *>isa_bytes
+        cdef const unsigned char[::1] view
+        if self.model is not NULL:
+            raise TypeError("Model: is loaded already")
+        c.vocab_size = config["vocab_size"]
+        c.hidden_size = config["hidden_size"]
+        c.num_hidden_layers = config["num_hidden_layers"]
+        c.num_attention_heads = config["num_attention_heads"]
+        c.intermediate_size = config["intermediate_size"]
+        c.max_position_embeddings = config["max_position_embeddings"]
+        c.type_vocab_size = config["type_vocab_size"]
+        c.layer_norm_eps = config["layer_norm_eps"]
+        c.hidden_act = <fb_act>lookup(ACTIVATIONS, config["hidden_act"], "hidden_act")
+        c.pooling = 0
+        for mode in config.get("pooling", ()):
+            c.pooling |= lookup(POOLINGS, mode, "pooling")
+        dense = config.get("dense", ())
+        if len(dense) > FB_MAX_DENSE:
+            raise ValueError(f"dense: expected at most {FB_MAX_DENSE} modules, got {len(dense)}")
+        c.num_dense = len(dense)
+        for position, name in enumerate(dense):
+            c.dense_act[position] = <fb_act>lookup(ACTIVATIONS, name, f"dense.{position}")
+        c.normalize = bool(config.get("normalize", False))
+
+        table = <fb_tensor *>calloc(count + 1, sizeof(fb_tensor))
+        if table is NULL:
+            raise MemoryError("tensors")
+        held = []  # the names and views that the table points into
+        try:
+            for name, (data, dtype, shape) in tensors.items():
+                encoded = name.encode()
+                view = memoryview(data).cast("B") if memoryview(data).nbytes else None
+                items = 1
+                for n in shape:
+                    items *= n
+                if len(shape) > 4:
+                    raise ValueError(f"{name}: expected at most 4 dimensions, got {len(shape)}")
+                lookup(DTYPES, dtype, name)
+                if min(shape, default=1) < 0 or (0 if view is None else view.shape[0]) != items * ITEM_BYTES[dtype]:
+                    raise ValueError(f"{name}: expected {items * ITEM_BYTES[dtype]} bytes for {list(shape)} {dtype}, "
+                                     f"got {memoryview(data).nbytes}")
+                held.append((encoded, view))
+                table[i].name = encoded
+                table[i].data = NULL if view is None else &view[0]
+                table[i].dtype = <fb_dtype><int>DTYPES[dtype]
+                table[i].rank = len(shape)
+                for axis, n in enumerate(shape):
+                    table[i].shape[axis] = n
+                i += 1
+            with nogil:
+                status = fb_load(&c, table, count, isa_name, &model, &err)
+        finally:
+            free(table)
+        if status != FB_OK:
+            raise_status(&err)
+        self.model = model
+        self.hidden_size = c.hidden_size
+        self.max_position_embeddings = c.max_position_embeddings
+        fb_get_info(self.model, &self.facts)
+
+    def __dealloc__(self):
+        fb_free(self.model)
+
+    cdef int check_loaded(self) except -1:
+        if self.model is NULL:
+            raise TypeError("Model: __init__ was not called")
+
+    @property
+    def isa(self):
+        """The leading kernel set."""
+        self.check_loaded()
+        return self.facts.isa.decode()
+
+    @property
+    def gemm_f32(self):
+        """The GEMM that runs, with its register tile."""
+        self.check_loaded()
+        return self.facts.gemm_f32.decode()
+
+    @property
+    def weights_bytes(self):
+        """Bytes of packed weights and tables."""
+        return self.facts.weights_bytes
+
+    @property
+    def vector_dim(self):
+        """Length of a sentence vector; 0 without pooling."""
+        return self.facts.vector_dim
+
+    @property
+    def has_pooler(self):
+        """Whether the checkpoint has pooler.dense."""
+        return bool(self.facts.has_pooler)
+
+    def scratch_bytes(self, int threads=0):
+        """Bytes of scratch that forward() holds at most; threads=0 is the process default."""
+        self.check_loaded()
+        return fb_scratch_bytes(self.model, threads)
+
+    def forward(self, const int32_t[::1] ids not None, const int64_t[::1] offsets not None,
+                const int32_t[::1] type_ids=None, *, bint hidden=False, bint pooler=False, bint vectors=False,
+                int threads=0):
+        """Runs a ragged batch: ids [tokens] int32, offsets [batch + 1] int64 from 0 to tokens, type_ids [tokens].
+
+        Returns (last_hidden_state [tokens, hidden], pooler_output [batch, hidden], vectors [batch, dim]), float32,
+        None where not asked for. The GIL is released; signal handlers run between micro-batches.
+        Raises ValueError (offsets, lengths, ids out of range), MemoryError, whatever a signal handler raises.
+        """
+        cdef Py_ssize_t size = offsets.shape[0] - 1, tokens = ids.shape[0]
+        cdef fb_batch batch
+        cdef fb_outputs out
+        cdef fb_run_options options
+        cdef fb_error err
+        cdef fb_status status
+        cdef float[:, ::1] view
+        self.check_loaded()
+        if size < 0 or offsets[0] != 0 or offsets[size] != tokens:
+            raise ValueError(f"offsets: expected batch + 1 values from 0 to {tokens}")
+        for i in range(size):
+            if offsets[i] > offsets[i + 1] or offsets[i + 1] > tokens:
+                raise ValueError(f"offsets[{i + 1}]: expected {offsets[i]} to {tokens}, got {offsets[i + 1]}")
+        if type_ids is not None and type_ids.shape[0] != tokens:
+            raise ValueError(f"type_ids: expected [{tokens}], got [{type_ids.shape[0]}]")
+        if threads < 0:
+            raise ValueError(f"threads: expected 0 or more, got {threads}")
+        hidden_array = np.empty((tokens, self.hidden_size), np.float32) if hidden else None
+        pooler_array = np.empty((size, self.hidden_size), np.float32) if pooler else None
+        vectors_array = np.empty((size, self.facts.vector_dim), np.float32) if vectors else None
+        if size > 0:
+            batch.ids = &ids[0]
+            batch.type_ids = NULL if type_ids is None else &type_ids[0]
+            batch.offsets = &offsets[0]
+            batch.size = size
+            out.hidden = out.pooler = out.vectors = NULL
+            if hidden:
+                view = hidden_array
+                out.hidden = &view[0, 0]
+            if pooler:
+                view = pooler_array
+                out.pooler = &view[0, 0]
+            if vectors and self.facts.vector_dim > 0:
+                view = vectors_array
+                out.vectors = &view[0, 0]
+            elif vectors:
+                raise ValueError("pooling: the model was loaded without one, so there are no sentence vectors")
+            options.threads = threads
+            options.canceled = poll_signals
+            options.canceled_arg = NULL
+            with nogil:
+                status = fb_forward(self.model, &batch, &out, &options, &err)
+            if status == FB_ECANCELED:
+                raise_pending()
+            if status != FB_OK:
+                raise_status(&err)
+        return hidden_array, pooler_array, vectors_array
+
+
+def isas():
+    """The kernel sets of this build, best first: (name, whether this CPU and OS can run it)."""
+    return [(fb_isa_at(i).kernels.isa.decode(), bool(fb_isa_at(i).supported)) for i in range(fb_isa_count())]
+
+
+def select_isa(isa=None):
+    """The name of the set that a model would run on now (isa, else FASTBERT_ISA, else the best). ValueError if none."""
+    cdef fb_kernels kernels
+    cdef fb_error err
+    cdef bytes encoded = None if isa is None else isa.encode()
+    if fb_select_kernels(NULL if isa is None else <const char *>encoded, &kernels, &err) != FB_OK:
+        raise_status(&err)
+    return kernels.isa.decode()
+
+
+def get_num_threads():
+    """Threads a call uses unless told otherwise (see csrc/fastbert.h for the order of sources)."""
+    return fb_get_num_threads()
+
+
+def set_num_threads(int threads):
+    """Sets the process-wide default number of threads; 0 returns to the environment and the machine."""
+    if threads < 0:
+        raise ValueError(f"threads: expected 0 or more, got {threads}")
+    fb_set_num_threads(threads)

@@ -1,0 +1,70 @@
+"""Opening the files of a model: regular files only, sizes checked before reading, every error names the file."""
+
+import json
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+MAX_JSON_BYTES = 16 << 20  # no metadata file of a BERT folder comes near; tokenizer.json has its own limit
+
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+T = TypeVar("T", dict, list)
+
+
+def open_file(path: Path) -> BinaryIO:
+    """Open ``path`` for reading, at its start.
+
+    Raises OSError (missing, a folder, not readable) or ValueError (a pipe or device, a Git LFS pointer).
+    """
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # to open a pipe would wait for its writer
+        raise ValueError(f"{path}: expected a regular file")
+    file = open(path, "rb")
+    if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+        file.close()
+        raise ValueError(f"{path}: expected the file itself, got a Git LFS pointer to it (`git lfs pull` fetches the file)")
+    file.seek(0)
+    return file
+
+
+def read_file(path: Path, max_bytes: int) -> bytes:
+    """The content of ``path``. Raises what open_file raises, and ValueError where it is longer than ``max_bytes``."""
+    with open_file(path) as file:
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise ValueError(f"{path}: expected at most {max_bytes} bytes, got more")
+    return data
+
+
+def parse_json(data: bytes, where: object, **hooks: Callable[..., Any]) -> Any:
+    """The value of UTF-8 JSON. Raises ValueError, which begins with ``where``; NaN and infinities are refused."""
+    try:
+        return json.loads(data.decode(), parse_constant=_refuse_constant, **hooks)
+    except RecursionError:
+        raise ValueError(f"{where}: invalid JSON: nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"{where}: invalid JSON: {error}") from None
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def read_json(path: Path, kind: type[T]) -> T:
+    """The object (``kind`` dict) or array (list) in a JSON file of at most MAX_JSON_BYTES.
+
+    Raises OSError or ValueError, both with the path.
+    """
+    value = parse_json(read_file(path, MAX_JSON_BYTES), path)
+    if not isinstance(value, kind):
+        name = {dict: "object", list: "array"}[kind]
+        raise ValueError(f"{path}: expected a JSON {name}, got {type(value).__name__}")
+    return value
+
+
+def read_optional_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is no such file. A dangling link is an error, not an absent file."""
+    return read_json(path, dict) if os.path.lexists(path) else {}

@@ -1,0 +1,416 @@
+"""The op table: what each slot of a kernel set computes, how exactly, and what it costs. Tests and bench read it.
+
+An op is one class and one row of OPS; an instance is one case: a shape and its options. It makes the operands and knows
+the float64 truth, the error that float32 arithmetic may make, the bits where kernels.h prescribes every rounding, and
+some wrong results that a check must refuse. Error bounds follow from the contracts in csrc/kernels.h.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar, Protocol
+
+import numpy as np
+from fastbert._kernels import KC, KernelSet
+from numpy.typing import NDArray
+
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+Operands = dict[str, F32]
+
+U = 2.0**-24  # half a unit in the last place of 1: the relative error of one float32 operation
+TINY = 2.0**-149  # smallest float32: the absolute error of an operation that underflows
+EXP = 2.0**-22  # relative error that kernels.h allows exp
+HELD = 2.0**-124  # exp is held near exp(-87): nothing smaller comes out of it
+HELD_AT = 88.0  # and no argument beyond this goes into it
+
+
+class Place(Protocol):
+    """Puts an operand somewhere in memory: a copy with the same values. "packed" must start on a 64-byte line."""
+
+    def __call__(self, name: str, values: NDArray[np.generic]) -> NDArray[np.generic]: ...
+
+
+def aligned(name: str, values: NDArray[np.generic]) -> NDArray[np.generic]:
+    """The plain place: dense, on a 64-byte line."""
+    room = np.empty(values.nbytes + 64, np.uint8)
+    start = -room.ctypes.data % 64
+    copy = room[start : start + values.nbytes].view(values.dtype).reshape(values.shape)
+    copy[...] = values
+    return copy
+
+
+class Case(Protocol):
+    """One case of one op. Operands are float32; out is what the kernel writes, [rows][n]."""
+
+    op: ClassVar[str]
+
+    def __str__(self) -> str: ...
+    def operands(self, rng: np.random.Generator) -> Operands: ...
+    def out_shape(self) -> tuple[int, int]: ...
+
+    def bind(self, kernels: KernelSet, operands: Operands, out: F32, place: Place = aligned) -> Callable[[int], None]:
+        """Packs what needs packing, and returns run(repeat), which writes out."""
+        ...
+
+    def truth(self, operands: Operands) -> F64:
+        """The result in float64."""
+        ...
+
+    def bound(self, operands: Operands) -> F64:
+        """The largest error of each element that the contract allows."""
+        ...
+
+    def bits(self, operands: Operands) -> F32 | None:
+        """The result with every rounding of the contract, where the contract names them all (zeros: sign ignored)."""
+        ...
+
+    def wrong(self, operands: Operands) -> Iterator[tuple[str, F64]]:
+        """Results of plausible mistakes, each of which a check must refuse."""
+        ...
+
+    def flops(self) -> int: ...
+    def moved_bytes(self) -> int:
+        """Operands and result, each once."""
+        ...
+
+
+def seeded(case: Case, seed: int) -> np.random.Generator:
+    return np.random.default_rng([seed, zlib.crc32(f"{case.op} {case}".encode())])
+
+
+def check(case: Case, operands: Operands, result: F32) -> None:
+    """Raises AssertionError unless result is what the contract says of these operands."""
+    truth, bound = case.truth(operands), case.bound(operands)
+    bad = ~(np.abs(result - truth) <= bound)
+    if bad.any():
+        i, j = np.argwhere(bad)[0]
+        raise AssertionError(
+            f"{case.op} {case}: {bad.sum()} of {bad.size} elements are off; "
+            f"[{i}, {j}]: expected {truth[i, j]!r} +- {bound[i, j]:.3g}, got {result[i, j]!r}"
+        )
+    bits = case.bits(operands)
+    if bits is not None and not np.array_equal(bits, result, equal_nan=True):
+        i, j = np.argwhere(bits != result)[0]
+        raise AssertionError(
+            f"{case.op} {case}: not the bits of the contract; [{i}, {j}]: expected {bits[i, j]!r}, got {result[i, j]!r}"
+        )
+
+
+# ---- float32 arithmetic as the contracts write it ----
+
+
+def fma(a: F32, b: F32, c: F32) -> F32:
+    """a * b + c rounded once.
+
+    The product of two float32 is exact in float64. The sum is rounded to odd (its last bit records that something was
+    cut off), after which rounding to float32 is right: Boldo & Melquiond, IEEE Trans. Comput. 57(4), 2008.
+    """
+    with np.errstate(all="ignore"):
+        p, c64 = np.multiply(a, b, dtype=np.float64), np.asarray(c, np.float64)
+        s = np.asarray(p + c64)
+        t = s - p
+        lost = (p - (s - t)) + (c64 - t)  # Knuth's two-sum: s + lost is exact
+        even = s.view(np.int64) & 1 == 0
+        toward = np.where(lost > 0, np.inf, -np.inf)
+        odd = np.where(np.isfinite(s) & (lost != 0) & even, np.nextafter(s, toward), s)
+        return odd.astype(np.float32)
+
+
+def lane_sum(x: F32, add: Callable[[F32, F32], F32]) -> F32:
+    """The row reduction of kernels.h: 16 lanes, each in ascending order by add(lanes, values), then a tree."""
+    rows, n = x.shape
+    vectors = np.zeros((rows, -(-n // 16) * 16), np.float32)
+    vectors[:, :n] = x
+    lanes = np.zeros((rows, 16), np.float32)
+    for j in range(0, vectors.shape[1], 16):
+        lanes = add(lanes, vectors[:, j : j + 16])
+    for half in (8, 4, 2, 1):
+        lanes = lanes[:, :half] + lanes[:, half:]
+    return lanes
+
+
+# ---- activations ----
+
+
+def _gelu(x: F64) -> F64:
+    """x Phi(x) = x erfc(-x / sqrt 2) / 2; near 0 the Taylor series, whose next term is below 2^-65 of the result."""
+    near = np.abs(x) < 2.0**-13
+    phi = 0.5 + x * (1 - x * x / 6) / math.sqrt(2 * math.pi)
+    far = ~near & np.isfinite(x)
+    z = x[far] * -math.sqrt(0.5)
+    phi[far] = 0.5 * np.fromiter(map(math.erfc, z.tolist()), np.float64, z.size)
+    return x * np.where(np.isposinf(x), 1.0, phi)
+
+
+def _gelu_tanh(x: F64) -> F64:
+    """x (1 + tanh z) / 2 = x / (1 + exp(-2 z)), z = sqrt(2 / pi) (x + 0.044715 x^3)."""
+    return x / (1 + np.exp(-2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def _silu(x: F64) -> F64:
+    return x / (1 + np.exp(-x))
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An activation and its error: at most EXP * (near * min(|x|, 8) + relative * |act(x)|) + held.
+
+    x g(x) with g in [0, 1] as exact as exp: near = 1 where g is a difference that cancels for negative x (beyond -8 it
+    is 0), relative = 1 for the value itself, 1 more for a quotient. held: exp and its argument stop near 88.
+    """
+
+    exact: Callable[[F64], F64]
+    slope: float  # largest |derivative|
+    near: float = 0.0
+    relative: float = 0.0
+    held: float = 0.0
+
+    def bound(self, x: F64) -> F64:
+        with np.errstate(all="ignore"):
+            y = self.exact(x)
+            return EXP * (self.near * np.minimum(np.abs(x), 8) + self.relative * np.abs(y)) + self.held + TINY
+
+
+ACTIVATIONS = {
+    "none": Activation(lambda x: x, 1.0),
+    "gelu": Activation(_gelu, 1.13, near=1, relative=1),
+    "gelu_tanh": Activation(_gelu_tanh, 1.13, near=1, relative=1, held=HELD_AT * HELD),
+    "relu": Activation(lambda x: np.maximum(x, 0), 1.0),
+    "silu": Activation(_silu, 1.1, relative=2, held=HELD_AT * HELD),
+    "tanh": Activation(np.tanh, 1.0, relative=1),
+}
+
+
+# ---- the ops ----
+
+
+@dataclass(frozen=True)
+class GemmF32:
+    """out [m][n] = residual + act(a [m][k] * w [n][k]^T + bias)."""
+
+    op: ClassVar[str] = "gemm_f32"
+    m: int
+    n: int
+    k: int
+    act: str = "none"
+    bias: bool = False
+    residual: bool = False
+
+    def __str__(self) -> str:
+        fused = [self.act] * (self.act != "none") + ["bias"] * self.bias + ["residual"] * self.residual
+        return "-".join([f"m{self.m}n{self.n}k{self.k}", *fused])
+
+    def operands(self, rng: np.random.Generator) -> Operands:
+        """No a or w is small, so that no product may be missed; the sums have about unit variance."""
+
+        def signed(*shape: int) -> F32:
+            return (rng.uniform(0.5, 1.5, shape) * rng.choice([-1, 1], shape)).astype(np.float32)
+
+        operands = {"a": signed(self.m, self.k), "w": signed(self.n, self.k) / np.float32(math.sqrt(max(self.k, 1)))}
+        if self.bias:
+            operands["bias"] = signed(self.n)
+        if self.residual:
+            operands["residual"] = signed(self.m, self.n)
+        return operands
+
+    def out_shape(self) -> tuple[int, int]:
+        return self.m, self.n
+
+    def bind(self, kernels: KernelSet, operands: Operands, out: F32, place: Place = aligned) -> Callable[[int], None]:
+        packed = place("packed", np.zeros(kernels.packed_bytes(self.n, self.k), np.uint8))
+        kernels.pack(operands["w"], packed)
+        a, bias, residual = operands["a"], operands.get("bias"), operands.get("residual")
+        return lambda repeat: kernels.gemm_f32(a, packed, out, bias, self.act, residual, repeat)
+
+    def _sums(self, operands: Operands) -> F64:
+        return operands["a"].astype(np.float64) @ operands["w"].T.astype(np.float64) + operands.get("bias", 0.0)
+
+    def truth(self, operands: Operands) -> F64:
+        with np.errstate(all="ignore"):
+            return ACTIVATIONS[self.act].exact(self._sums(operands)) + operands.get("residual", 0.0)
+
+    def bound(self, operands: Operands) -> F64:
+        """A chain, the sum of the blocks and the bias; through the activation; the addition of the residual."""
+        act, sums = ACTIVATIONS[self.act], self._sums(operands)
+        magnitude = np.abs(operands["a"]).astype(np.float64) @ np.abs(operands["w"]).T.astype(np.float64)
+        magnitude += np.abs(operands.get("bias", 0.0))
+        roundings = min(self.k, KC) + -(-self.k // KC) + 2
+        before = roundings * (U * magnitude + TINY)
+        return act.slope * before + act.bound(sums) + U * np.abs(self.truth(operands)) * self.residual
+
+    def bits(self, operands: Operands) -> F32 | None:
+        if self.act not in ("none", "relu"):
+            return None
+        with np.errstate(all="ignore"):
+            a, w = operands["a"], operands["w"]
+            total = np.zeros(self.out_shape(), np.float32)
+            for begin in range(0, self.k, KC):
+                block = np.zeros_like(total)
+                for p in range(begin, min(begin + KC, self.k)):
+                    block = fma(a[:, p, None], w[None, :, p], block)
+                total = total + block if begin else block
+            total = total + operands.get("bias", np.float32(0))
+            if self.act == "relu":
+                total = np.maximum(total, np.float32(0))
+            return total + operands.get("residual", np.float32(0))
+
+    def wrong(self, operands: Operands) -> Iterator[tuple[str, F64]]:
+        if self.m * self.n == 0:
+            return
+        if self.act == "none":
+            if self.k:
+                shorter = operands["a"] * (np.arange(self.k) < self.k - 1)
+                yield "last product left out", self.truth({**operands, "a": shorter})
+            for name in ("bias", "residual"):
+                if name in operands:
+                    yield f"{name} left out", self.truth({key: x for key, x in operands.items() if key != name})
+            if self.n > 1:
+                yield "columns in the wrong order", self.truth(operands)[:, ::-1]
+        elif self.m * self.n >= 64:
+            yield "activation left out", replace(self, act="none").truth(operands)
+
+    def flops(self) -> int:
+        return 2 * self.m * self.n * self.k
+
+    def moved_bytes(self) -> int:
+        m, n, k = self.m, self.n, self.k
+        return 4 * (m * k + n * k + m * n + n * self.bias + m * n * self.residual)
+
+
+@dataclass(frozen=True)
+class SoftmaxF32:
+    """Rows of x [rows][n] become softmax(scale * x)."""
+
+    op: ClassVar[str] = "softmax_f32"
+    rows: int
+    n: int
+    scale: float = 0.125
+
+    def __str__(self) -> str:
+        return f"rows{self.rows}n{self.n}scale{self.scale:.3g}"
+
+    def operands(self, rng: np.random.Generator) -> Operands:
+        return {"x": (8 * rng.standard_normal((self.rows, self.n))).astype(np.float32)}
+
+    def out_shape(self) -> tuple[int, int]:
+        return self.rows, self.n
+
+    def bind(self, kernels: KernelSet, operands: Operands, out: F32, place: Place = aligned) -> Callable[[int], None]:
+        out[...] = operands["x"]
+        return lambda repeat: kernels.softmax_f32(out, self.scale, repeat)
+
+    def _exponents(self, x: F32) -> F64:
+        scaled = x.astype(np.float64) * float(np.float32(self.scale))
+        return scaled - scaled.max(axis=1, keepdims=True)
+
+    def truth(self, operands: Operands) -> F64:
+        e = np.exp(self._exponents(operands["x"]))
+        return e / e.sum(axis=1, keepdims=True)
+
+    def bound(self, operands: Operands) -> F64:
+        """To first order. Rounding max * scale shifts every exponent alike and cancels; each exponent t then has one
+        rounding (U |t|), exp its own; the error of the sum is the mean error of its terms, weighted by themselves, and
+        one U for each addition to a lane and each level of the tree; 1 / sum and the product add one each."""
+        t, y = np.abs(self._exponents(operands["x"])), self.truth(operands)
+        # |t| differs from the kernel's by at most half a unit in the last place of max * scale
+        shift = U * np.abs(operands["x"]).max(axis=1, keepdims=True) * self.scale
+        term = U * (np.minimum(t, HELD_AT) + shift) + EXP
+        total = (y * term).sum(axis=1, keepdims=True) + U * (-(-self.n // 16) + 4)
+        return y * (term + total + 2 * U) + HELD + TINY
+
+    def bits(self, operands: Operands) -> None:
+        return None  # exp may be any function within EXP
+
+    def wrong(self, operands: Operands) -> Iterator[tuple[str, F64]]:
+        if self.rows and self.n > 1:
+            yield "scale left out", replace(self, scale=1.0).truth(operands)
+            e = np.exp(self._exponents(operands["x"]))
+            yield "last element left out of the sum", e / e[:, :-1].sum(axis=1, keepdims=True)
+
+    def flops(self) -> int:
+        return 0  # reported per element
+
+    def moved_bytes(self) -> int:
+        return 8 * self.rows * self.n
+
+
+@dataclass(frozen=True)
+class LayerNormF32:
+    """out [rows][n] = (x - mean) / sqrt(var + eps) * gamma + beta; inplace: out is x."""
+
+    op: ClassVar[str] = "layernorm_f32"
+    rows: int
+    n: int
+    eps: float = 1e-12
+    inplace: bool = False
+
+    def __str__(self) -> str:
+        return f"rows{self.rows}n{self.n}eps{self.eps:.3g}" + "-inplace" * self.inplace
+
+    def operands(self, rng: np.random.Generator) -> Operands:
+        x = rng.standard_normal((self.rows, self.n)) * 2 + rng.uniform(-1, 1, (self.rows, 1))
+        gamma, beta = rng.uniform(0.5, 1.5, self.n), rng.uniform(1, 2, self.n)
+        return {"x": x.astype(np.float32), "gamma": gamma.astype(np.float32), "beta": beta.astype(np.float32)}
+
+    def out_shape(self) -> tuple[int, int]:
+        return self.rows, self.n
+
+    def bind(self, kernels: KernelSet, operands: Operands, out: F32, place: Place = aligned) -> Callable[[int], None]:
+        x = operands["x"]
+        if self.inplace:
+            out[...] = x
+            x = out
+        return lambda repeat: kernels.layernorm_f32(x, operands["gamma"], operands["beta"], self.eps, out, repeat)
+
+    def _moments(self, x: F32) -> tuple[F64, F64]:
+        x64 = x.astype(np.float64)
+        d = x64 - x64.mean(axis=1, keepdims=True)
+        return d, (d * d).mean(axis=1, keepdims=True) + float(np.float32(self.eps))
+
+    def truth(self, operands: Operands) -> F64:
+        d, var = self._moments(operands["x"])
+        return d / np.sqrt(var) * operands["gamma"].astype(np.float64) + operands["beta"]
+
+    def bound(self, operands: Operands) -> F64:
+        """To first order: the mean (additions to a lane, 4 levels, the quotient), then d, var, 1 / sqrt and the fma.
+        An error of the mean shifts all d alike: it enters var by its square, and by the d it is multiplied with."""
+        x = np.abs(operands["x"].astype(np.float64))
+        (d, var), gamma = self._moments(operands["x"]), np.abs(operands["gamma"].astype(np.float64))
+        additions = -(-self.n // 16) + 4
+        mean_error = U * (additions + 1) * x.mean(axis=1, keepdims=True) + TINY
+        d_error = mean_error + U * np.abs(d)
+        var_error = U * (additions + 4) + (2 * mean_error * np.abs(d).mean(axis=1, keepdims=True) + mean_error**2) / var
+        rstd = (1 + var_error) / np.sqrt(var)
+        product = gamma * rstd * (d_error + (np.abs(d) + d_error) * (var_error / 2 + 4 * U))
+        return product + U * np.abs(self.truth(operands)) + 2 * TINY
+
+    def bits(self, operands: Operands) -> F32:
+        with np.errstate(all="ignore"):
+            x, n = operands["x"], np.float32(self.n)
+            mean = lane_sum(x, lambda lanes, v: lanes + v) / n
+            d = x - mean
+            var = lane_sum(d, lambda lanes, v: fma(v, v, lanes)) / n
+            rstd = np.float32(1) / np.sqrt(var + np.float32(self.eps))
+            return fma(d * rstd, operands["gamma"], operands["beta"])
+
+    def wrong(self, operands: Operands) -> Iterator[tuple[str, F64]]:
+        if self.rows == 0:
+            return
+        yield "beta left out", self.truth({**operands, "beta": np.zeros_like(operands["beta"])})
+        if self.n > 1:
+            d, var = self._moments(operands["x"])
+            yield "variance over n - 1", d / np.sqrt(var * self.n / (self.n - 1)) * operands["gamma"] + operands["beta"]
+            yield "gamma left out", self.truth({**operands, "gamma": np.ones_like(operands["gamma"])})
+
+    def flops(self) -> int:
+        return 0  # reported per element
+
+    def moved_bytes(self) -> int:
+        return 4 * (2 * self.rows * self.n + 2 * self.n)
+
+
+OPS: dict[str, type[Case]] = {op.op: op for op in (GemmF32, SoftmaxF32, LayerNormF32)}

@@ -1,0 +1,140 @@
+"""BERT in NumPy float64: the executable specification of the engine, in the order of the paper.
+
+Devlin et al., arXiv:1810.04805, with the conventions of Hugging Face ``transformers`` (names, erf GELU, LayerNorm after
+the residual) and, for sentence vectors, of ``sentence-transformers``. tests/golden holds what those two libraries give.
+
+    config   the keys of config.json, plus "pooling" (names of POOLING), "dense" (names of ACTIVATIONS) and "normalize"
+    weights  arrays by checkpoint name without a prefix; dense.<i>.weight [out, in] and dense.<i>.bias for "dense";
+             any float type: the activations are float64 from the first line on, so NumPy computes in float64
+    ragged   the tokens of all sequences in one row: ids [tokens], offsets [batch + 1] from 0 to tokens; no padding
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+Weights = Mapping[str, NDArray[Any]]
+
+_erfc = np.frompyfunc(math.erfc, 1, 1)
+
+
+class Outputs(NamedTuple):
+    last_hidden_state: Array  # [tokens, hidden]
+    pooler_output: Array | None  # [batch, hidden]; None without pooler.dense.* in the weights
+    vectors: Array | None  # [batch, dim]; None without "pooling" in the config
+
+
+# ---- element-wise functions and normalisations ----
+
+
+def gelu(x: Array) -> Array:
+    """x Phi(x), Phi the normal distribution function; erfc keeps its precision for x << 0."""
+    return x * 0.5 * _erfc(-x / math.sqrt(2)).astype(np.float64)
+
+
+def gelu_tanh(x: Array) -> Array:
+    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def silu(x: Array) -> Array:
+    return x * 0.5 * (1 + np.tanh(x / 2))  # x / (1 + exp(-x)) without overflow
+
+
+ACTIVATIONS = {
+    "none": lambda x: x,
+    "gelu": gelu,
+    "gelu_tanh": gelu_tanh,
+    "relu": lambda x: np.maximum(x, 0),
+    "silu": silu,
+    "tanh": np.tanh,
+}
+
+
+def softmax(x: Array) -> Array:
+    e = np.exp(x - x.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+def layer_norm(x: Array, gamma: Array, beta: Array, eps: float) -> Array:
+    d = x - x.mean(axis=-1, keepdims=True)
+    return d / np.sqrt((d * d).mean(axis=-1, keepdims=True) + eps) * gamma + beta
+
+
+# ---- one sequence ----
+
+
+def encode(config: Mapping[str, Any], weights: Weights, ids: NDArray[Any], type_ids: NDArray[Any]) -> Array:
+    """last_hidden_state [seq, hidden] of one sequence."""
+    seq, hidden, heads = len(ids), config["hidden_size"], config["num_attention_heads"]
+    head_dim = hidden // heads
+    act = ACTIVATIONS[config["hidden_act"]]
+
+    def linear(name: str, x: Array) -> Array:
+        return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+    def norm(name: str, x: Array) -> Array:
+        return layer_norm(x, weights[f"{name}.weight"], weights[f"{name}.bias"], config["layer_norm_eps"])
+
+    def split_heads(x: Array) -> Array:  # [seq, hidden] -> [heads, seq, head_dim]
+        return x.reshape(seq, heads, head_dim).transpose(1, 0, 2)
+
+    x = weights["embeddings.word_embeddings.weight"][ids].astype(np.float64)
+    x += weights["embeddings.position_embeddings.weight"][:seq]
+    x += weights["embeddings.token_type_embeddings.weight"][type_ids]
+    x = norm("embeddings.LayerNorm", x)
+    for i in range(config["num_hidden_layers"]):
+        layer = f"encoder.layer.{i}"
+        q, k, v = (split_heads(linear(f"{layer}.attention.self.{name}", x)) for name in ("query", "key", "value"))
+        probs = softmax(q @ k.transpose(0, 2, 1) / math.sqrt(head_dim))  # [heads, seq, seq]
+        context = (probs @ v).transpose(1, 0, 2).reshape(seq, hidden)
+        x = norm(f"{layer}.attention.output.LayerNorm", x + linear(f"{layer}.attention.output.dense", context))
+        ffn = linear(f"{layer}.output.dense", act(linear(f"{layer}.intermediate.dense", x)))
+        x = norm(f"{layer}.output.LayerNorm", x + ffn)
+    return x
+
+
+# ---- from token rows [seq, hidden] to one vector ----
+
+POOLING = {  # in the order in which several modes are concatenated
+    "cls": lambda x: x[0],
+    "max": lambda x: x.max(axis=0),
+    "mean": lambda x: x.sum(axis=0) / len(x),
+    "mean_sqrt_len": lambda x: x.sum(axis=0) / math.sqrt(len(x)),
+    "weightedmean": lambda x: np.arange(1, len(x) + 1) @ x / np.arange(1, len(x) + 1).sum(),
+    "lasttoken": lambda x: x[-1],
+}
+
+
+def sentence_vector(config: Mapping[str, Any], weights: Weights, x: Array) -> Array:
+    """Pooling -> Dense ... -> Normalize of one sequence [seq, hidden]."""
+    y = np.concatenate([pool(x) for name, pool in POOLING.items() if name in config["pooling"]])
+    for i, act in enumerate(config.get("dense", ())):
+        y = ACTIVATIONS[act](weights[f"dense.{i}.weight"] @ y + weights.get(f"dense.{i}.bias", 0))
+    return y / max(math.sqrt(y @ y), 1e-12) if config.get("normalize") else y
+
+
+# ---- a ragged batch ----
+
+
+def forward(
+    config: Mapping[str, Any],
+    weights: Weights,
+    ids: NDArray[Any],
+    offsets: Sequence[int] | NDArray[Any],
+    type_ids: NDArray[Any] | None = None,
+) -> Outputs:
+    """Every sequence by itself, one after the other: what a batch means."""
+    types = np.zeros_like(ids) if type_ids is None else type_ids
+    rows = [encode(config, weights, ids[a:b], types[a:b]) for a, b in pairwise(offsets)]
+    pooler = vectors = None
+    if "pooler.dense.weight" in weights:
+        first = np.array([x[0] for x in rows])
+        pooler = np.tanh(first @ weights["pooler.dense.weight"].T + weights["pooler.dense.bias"])
+    if config.get("pooling"):
+        vectors = np.array([sentence_vector(config, weights, x) for x in rows])
+    return Outputs(np.concatenate(rows), pooler, vectors)
