@@ -25,10 +25,10 @@
 #include <string.h>
 
 enum {
-    BUDGET = 256,    /* tokens of a micro-batch: weights are read once for so many rows, activations still fit L2 */
-    BUDGET_MIN = 64, /* not below this when batches are cut finer to give every thread some */
+    BUDGET = 256,     /* tokens of a micro-batch: weights are read once for so many rows, activations still fit L2 */
+    BUDGET_MIN = 64,  /* not below this when batches are cut finer to give every thread some */
     QUERY_BLOCK = 64, /* rows of scores held at once: 64 x 512 floats are 128 KB */
-    RACK = 16        /* idle workspaces that a model keeps */
+    RACK = 16         /* idle workspaces that a model keeps */
 };
 /* Multiply-adds under which waking a second thread costs more than it saves: about 0.1 ms of one core. */
 static const double SMALL_WORK = 5e6;
@@ -37,12 +37,12 @@ static const ptrdiff_t ROWS_PER_THREAD = 24;
 
 typedef struct workspace {
     size_t bytes;
-    float *x, *y;      /* [tokens][ld_hidden]: the residual stream, and the next one being made */
-    float *qkv;        /* [tokens][ld_qkv] */
-    float *context;    /* [tokens][ld_hidden] */
-    float *up;         /* [tokens][ld_intermediate] */
-    float *rows[2];    /* [sequences][dim_max]: pooled vectors on their way through pooler or dense modules */
-    char *attention;   /* one attention scratch per member of the team */
+    float *x, *y;    /* [tokens][ld_hidden]: the residual stream, and the next one being made */
+    float *qkv;      /* [tokens][ld_qkv] */
+    float *context;  /* [tokens][ld_hidden] */
+    float *up;       /* [tokens][ld_intermediate] */
+    float *rows[2];  /* [sequences][dim_max]: pooled vectors on their way through pooler or dense modules */
+    char *attention; /* one attention scratch per member of the team */
 } workspace;
 
 struct fb_model {
@@ -235,8 +235,8 @@ typedef struct place {
 } place;
 
 typedef struct plan {
-    place *order;          /* [size] sequences, longest first */
-    ptrdiff_t *cuts;       /* [count + 1] micro-batch i is order[cuts[i]] .. order[cuts[i + 1] - 1] */
+    place *order;    /* [size] sequences, longest first */
+    ptrdiff_t *cuts; /* [count + 1] micro-batch i is order[cuts[i]] .. order[cuts[i + 1] - 1] */
     ptrdiff_t count;
     ptrdiff_t tokens_most; /* of any micro-batch */
 } plan;
@@ -277,7 +277,7 @@ typedef struct micro_batch {
     ptrdiff_t size, tokens;
     workspace *ws;
     const fb_team *team;
-    int by_rows;        /* members own rows throughout and meet only for attention; else they own columns */
+    int by_rows;             /* members own rows throughout and meet only for attention; else they own columns */
     ptrdiff_t row, rows_end; /* the rows of row-wise operations of this member */
 } micro_batch;
 
@@ -310,8 +310,8 @@ static void layernorm(const micro_batch *b, const fb_norm *norm, const float *x,
 {
     const fb_model *m = b->model;
     const ptrdiff_t at = b->row * m->ld_hidden;
-    m->kernels.layernorm_f32(b->rows_end - b->row, m->config.hidden_size, x + at, m->ld_hidden, norm->gamma,
-                             norm->beta, m->config.layer_norm_eps, y + at, m->ld_hidden);
+    m->kernels.layernorm_f32(b->rows_end - b->row, m->config.hidden_size, x + at, m->ld_hidden, norm->gamma, norm->beta,
+                             m->config.layer_norm_eps, y + at, m->ld_hidden);
 }
 
 /* x [tokens][hidden] = LayerNorm(word[id] + type[type_id] + position[t]). */
@@ -484,7 +484,8 @@ static void run_member(const fb_team *team, void *arg)
     run *r = arg;
     const plan *p = r->plan;
     for (ptrdiff_t turn = 0;; turn++) {
-        if (team->rank == 0 && turn > 0 && r->options->canceled != NULL && r->options->canceled(r->options->canceled_arg))
+        if (team->rank == 0 && turn > 0 && r->options->canceled != NULL &&
+            r->options->canceled(r->options->canceled_arg))
             atomic_store(&r->stop, 1);
         if (r->together)
             fb_barrier(team);
@@ -525,8 +526,8 @@ static double token_work(const fb_config *c)
     return (double)c->num_hidden_layers * c->hidden_size * (4.0 * c->hidden_size + 2.0 * c->intermediate_size);
 }
 
-fb_status fb_forward(const fb_model *model, const fb_batch *batch, const fb_outputs *out,
-                     const fb_run_options *options, fb_error *err)
+fb_status fb_forward(const fb_model *model, const fb_batch *batch, const fb_outputs *out, const fb_run_options *options,
+                     fb_error *err)
 {
     static const fb_run_options defaults;
     fb_status status = check_batch(model, batch, err);

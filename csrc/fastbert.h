@@ -67,10 +67,10 @@ typedef struct fb_config {
     ptrdiff_t max_position_embeddings, type_vocab_size;
     float layer_norm_eps;
     fb_act hidden_act;
-    int pooling;                  /* FB_POOL_* bits; 0: no sentence vectors */
-    int num_dense;                /* Dense modules after pooling, tensors dense.<i>.weight [out, in], dense.<i>.bias */
+    int pooling;   /* FB_POOL_* bits; 0: no sentence vectors */
+    int num_dense; /* Dense modules after pooling, tensors dense.<i>.weight [out, in], dense.<i>.bias */
     fb_act dense_act[FB_MAX_DENSE];
-    int normalize;                /* sentence vectors are scaled to unit length */
+    int normalize; /* sentence vectors are scaled to unit length */
 } fb_config;
 
 /* A checkpoint tensor: borrowed, little-endian, C order, any alignment. Names are those of Hugging Face's
@@ -93,11 +93,11 @@ fb_status fb_load(const fb_config *config, const fb_tensor *tensors, size_t num_
 void fb_free(fb_model *model);
 
 typedef struct fb_info {
-    const char *isa;       /* the kernel set that leads: "avx512" */
-    const char *gemm_f32;  /* the GEMM that runs: "gemm_f32_12x32_avx512" */
-    size_t weights_bytes;  /* packed weights and tables in memory */
-    ptrdiff_t vector_dim;  /* length of a sentence vector; 0 without pooling */
-    int has_pooler;        /* pooler.dense.* was in the checkpoint */
+    const char *isa;      /* the kernel set that leads: "avx512" */
+    const char *gemm_f32; /* the GEMM that runs: "gemm_f32_8x48_avx512" */
+    size_t weights_bytes; /* packed weights and tables in memory */
+    ptrdiff_t vector_dim; /* length of a sentence vector; 0 without pooling */
+    int has_pooler;       /* pooler.dense.* was in the checkpoint */
 } fb_info;
 void fb_get_info(const fb_model *model, fb_info *info);
 
@@ -117,8 +117,9 @@ typedef struct fb_outputs {
 } fb_outputs;
 
 typedef struct fb_run_options {
-    int threads;               /* 0: fb_get_num_threads() */
-    int (*canceled)(void *);   /* called by the calling thread between micro-batches; non-zero stops the run. May be NULL */
+    int threads; /* 0: fb_get_num_threads() */
+    /* Called by the calling thread between micro-batches; non-zero stops the run. May be NULL. */
+    int (*canceled)(void *canceled_arg);
     void *canceled_arg;
 } fb_run_options;
 

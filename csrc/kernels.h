@@ -26,7 +26,7 @@ enum { FB_STRIP = 16 };
 
 /* What happens to an output element between the sum and memory: residual + act(sum + bias). */
 typedef struct fb_epilogue {
-    const float *bias;     /* [n] or NULL */
+    const float *bias; /* [n] or NULL */
     fb_act act;
     const float *residual; /* [m][n], rows ldr apart, or NULL; may not overlap c */
     ptrdiff_t ldr;
@@ -43,13 +43,13 @@ typedef struct fb_epilogue {
  *
  * Sizes    any m, n, k >= 0: edge tiles are handled inside; k == 0 gives residual + act(bias).
  * Memory   a, bias, residual, c need no alignment; packed is 64-byte aligned; c overlaps no input.
- * Columns  strips of FB_STRIP columns are packed one after the other, so columns j0 .. of a packed matrix, j0 a multiple
- *          of FB_STRIP, are the matrix at packed + packed_bytes(j0, k): this is how threads split n.
- * Numbers  before act, |error| <= (FB_KC + k / FB_KC + 2) * 2^-24 * (sum |A||W| + |bias|) to first order.
+ * Columns  strips of FB_STRIP columns are packed one after the other, so columns j0 .. of a packed matrix, j0 a
+ *          multiple of FB_STRIP, are the matrix at packed + packed_bytes(j0, k): this is how threads split n.
+ * Numbers  before act, |error| <= (min(k, FB_KC) + k / FB_KC + 2) * 2^-24 * (sum |A||W| + |bias|) to first order.
  * Source   packing and loop order: Goto & van de Geijn, ACM TOMS 34(3), 2008.
  */
 typedef struct fb_gemm_f32 {
-    const char *name; /* "gemm_f32_12x32_avx512": what bench and fastbert.kernels() show */
+    const char *name; /* "gemm_f32_8x48_avx512": what bench and fastbert.kernels() show */
     size_t (*packed_bytes)(ptrdiff_t n, ptrdiff_t k);
     /* Packs W with element [j][p] at w[j * stride_n + p * stride_k]: a weight matrix (ldw, 1), the keys of attention
      * (ld, 1) or its values, transposed (1, ld). One of the strides is 1. */

@@ -272,7 +272,7 @@ static int quota_cpus(void)
     return cpus < MAX_THREADS ? (int)cpus : MAX_THREADS;
 }
 
-/* CPUs of the affinity mask that are the first thread of their core within the mask; every CPU where /sys says nothing. */
+/* CPUs of the affinity mask that are the first of their core within the mask; every CPU where /sys says nothing. */
 static int allowed_cores(void)
 {
     cpu_set_t mask;

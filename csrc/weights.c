@@ -61,9 +61,7 @@ static void convert(const fb_tensor *t, int64_t count, float *out)
 {
     const unsigned char *in = t->data;
     switch (t->dtype) {
-    case FB_F32:
-        memcpy(out, in, (size_t)count * sizeof *out);
-        break;
+    case FB_F32: memcpy(out, in, (size_t)count * sizeof *out); break;
     case FB_F16:
     case FB_BF16:
         for (int64_t i = 0; i < count; i++) {
@@ -88,9 +86,9 @@ typedef struct walk {
     const fb_tensor *tensors;
     size_t num_tensors;
     const fb_gemm_f32 *gemm;
-    char *block;     /* NULL in the first run */
-    size_t used;     /* bytes of the block so far */
-    float *staging;  /* one linear layer, row-major, before packing */
+    char *block;    /* NULL in the first run */
+    size_t used;    /* bytes of the block so far */
+    float *staging; /* one linear layer, row-major, before packing */
     size_t staging_bytes;
     fb_error *err;
     fb_status status; /* the first failure; later steps do nothing */
@@ -131,7 +129,8 @@ static const fb_tensor *expect(walk *w, const char *name, ptrdiff_t rows, ptrdif
     const fb_tensor *t = find(w, name);
     describe(expected, sizeof expected, wanted, rank);
     if (t == NULL) {
-        w->status = fb_fail(w->err, FB_EINVAL, "%s: expected %s, but the checkpoint has no such tensor", name, expected);
+        w->status =
+            fb_fail(w->err, FB_EINVAL, "%s: expected %s, but the checkpoint has no such tensor", name, expected);
         return NULL;
     }
     if (t->rank != rank || t->shape[0] != wanted[0] || (rank == 2 && t->shape[1] != wanted[1])) {
@@ -164,7 +163,8 @@ static fb_norm norm(walk *w, const char *prefix, ptrdiff_t n)
     return r;
 }
 
-/* `parts` linear layers of [out][in] stacked into one of [parts * out][in]. A missing bias is an error unless optional. */
+/* `parts` linear layers of [out][in] stacked into one of [parts * out][in]. A missing bias is an error unless optional.
+ */
 static fb_linear linear(walk *w, const char *prefix, const char *const *names, int parts, ptrdiff_t out, ptrdiff_t in,
                         int bias_optional)
 {

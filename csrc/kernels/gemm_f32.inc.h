@@ -9,9 +9,9 @@
  * Packed W: strips of 16 rows of W (columns of C), k-major, so that one step of k is 16 consecutive floats:
  *     strip 0: p=0: w0 .. w15 | p=1: w0 .. w15 | ...     strip 1: p=0: w16 .. w31 | ...     (last padded with 0)
  *
- * Loops, outermost first: groups of strips | blocks of FB_KC along k | groups of rows. A panel of one group of strips by
- * FB_KC stays in the L1 cache while the rows of A pass by; C holds the sum of the blocks so far. Rows are divided evenly
- * (13 = 7 + 6, not 12 + 1), strips too.
+ * Loops, outermost first: groups of strips | blocks of FB_KC along k | groups of rows. A panel of one group of strips
+ * by FB_KC stays in the L1 cache while the rows of A pass by; C holds the sum of the blocks so far. Rows are divided
+ * evenly (13 = 7 + 6, not 12 + 1), strips too.
  */
 
 typedef void fb_tile(ptrdiff_t k, const float *a, ptrdiff_t lda, const float *strip, ptrdiff_t strip_floats,
@@ -69,11 +69,11 @@ FB_GEMM_TILES(FB_TILE)
 static fb_tile *const tiles[FB_GEMM_MR + 1][8 + 1] = {FB_GEMM_TILES(FB_TILE)};
 #undef FB_TILE
 
-/* C = residual + act(C + bias) for one tile, while it is in the L1 cache. */
-static void epilogue_f32(ptrdiff_t m, ptrdiff_t n, ptrdiff_t column, const fb_epilogue *epilogue, float *c,
-                         ptrdiff_t ldc)
+/* C = residual + act(C + bias) for the tile at (row, column), while it is in the L1 cache. */
+static void epilogue_f32(ptrdiff_t m, ptrdiff_t n, ptrdiff_t row, ptrdiff_t column, const fb_epilogue *epilogue,
+                         float *c, ptrdiff_t ldc)
 {
-    for (ptrdiff_t i = 0; i < m; i++, c += ldc) {
+    for (ptrdiff_t i = row; i < row + m; i++, c += ldc) {
         const float *residual = epilogue->residual ? epilogue->residual + i * epilogue->ldr + column : NULL;
         const float *bias = epilogue->bias ? epilogue->bias + column : NULL;
         for (ptrdiff_t j = 0; j < n; j += 16) {
@@ -90,6 +90,16 @@ static void epilogue_f32(ptrdiff_t m, ptrdiff_t n, ptrdiff_t column, const fb_ep
                 v_store_n(c + j, x, width);
         }
     }
+}
+
+/* Asks for one part of the next panel while this one is worked on: the hardware's own prefetch stops at every 4 KB. */
+static inline void prefetch_panel(const float *panel, ptrdiff_t block, ptrdiff_t nv, ptrdiff_t strip_floats,
+                                  ptrdiff_t part, ptrdiff_t parts)
+{
+    const ptrdiff_t end = block * (part + 1) / parts;
+    for (ptrdiff_t j = 0; j < nv; j++)
+        for (ptrdiff_t p = block * part / parts; p < end; p++)
+            __builtin_prefetch(panel + j * strip_floats + p * 16, 0, 2);
 }
 
 static size_t FB_ISA_NAME(packed_bytes)(ptrdiff_t n, ptrdiff_t k)
@@ -133,23 +143,23 @@ static void FB_ISA_NAME(gemm_f32)(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const f
     const ptrdiff_t strips = (n + 15) / 16, wide = fb_gemm_strips[(m + row_groups - 1) / row_groups];
     const ptrdiff_t strip_groups = (strips + wide - 1) / wide;
     for (ptrdiff_t g = 0; g < strip_groups; g++) {
-        const ptrdiff_t s = strips * g / strip_groups, nv = strips * (g + 1) / strip_groups - s;
-        const ptrdiff_t columns = (s + nv) * 16 <= n ? nv * 16 : n - s * 16;
-        const float *panel = (const float *)packed + s * 16 * k;
-        ptrdiff_t p = 0;
+        const ptrdiff_t s = strips * g / strip_groups, s_end = strips * (g + 1) / strip_groups, nv = s_end - s;
+        const ptrdiff_t columns = s_end * 16 <= n ? nv * 16 : n - s * 16;
+        const float *strip = (const float *)packed + s * 16 * k;
+        ptrdiff_t p = 0, block;
         do {
-            const ptrdiff_t block = k - p < FB_KC ? k - p : FB_KC;
+            block = k - p < FB_KC ? k - p : FB_KC;
+            const int last = p + block == k;
+            const float *next = last ? (const float *)packed + s_end * 16 * k : strip + (p + block) * 16;
             for (ptrdiff_t h = 0; h < row_groups; h++) {
                 const ptrdiff_t i = m * h / row_groups, mr = m * (h + 1) / row_groups - i;
                 float *tile = c + i * ldc + s * 16;
-                tiles[mr][nv](block, a + i * lda + p, lda, panel + p * 16, k * 16, p == 0, columns - (nv - 1) * 16,
+                if (row_groups > 1 && !(last && s_end == strips))
+                    prefetch_panel(next, block, nv, k * 16, h, row_groups);
+                tiles[mr][nv](block, a + i * lda + p, lda, strip + p * 16, k * 16, p == 0, columns - (nv - 1) * 16,
                               tile, ldc);
-                if (fused && p + block == k) {
-                    fb_epilogue rows = *epilogue;
-                    if (rows.residual)
-                        rows.residual += i * rows.ldr;
-                    epilogue_f32(mr, columns, s * 16, &rows, tile, ldc);
-                }
+                if (last && fused)
+                    epilogue_f32(mr, columns, i, s * 16, epilogue, tile, ldc);
             }
             p += block;
         } while (p < k);

@@ -38,19 +38,16 @@ static inline vf v_tanh(vf x)
 }
 
 /* x / (1 + e^-z). */
-static inline vf v_sigmoid_times(vf x, vf z)
-{
-    return v_div(x, v_add(v_set1(1.0f), v_exp(v_sub(v_set1(0.0f), z))));
-}
+static inline vf v_sigmoid_times(vf x, vf z) { return v_div(x, v_add(v_set1(1.0f), v_exp(v_sub(v_set1(0.0f), z)))); }
 
 /* x Phi(x). Phi(x) - 1/2 = erf(x / sqrt 2) / 2 = x P(2 x^2 / 5.5^2 - 1) for |x| < 5.5, P of degree 15, error < 1e-8;
  * beyond, the product is held at +-1/2, so the result is exactly x or -0. Phi(-5.5) = 1.9e-8. */
 static inline vf v_gelu(vf x)
 {
-    static const float p[] = {0.12855193f,     -0.064172335f,    0.0477376543f,   -0.0387928672f,
-                              0.0320697352f,   -0.0260471422f,   0.0203682519f,   -0.015005636f,
-                              0.0102156745f,   -0.00680063758f,  0.00464210752f,  -0.00244841422f,
-                              0.00070342113f,  -0.000506081502f, 0.000636892219f, -0.000243466609f};
+    static const float p[] = {0.12855193f,    -0.064172335f,    0.0477376543f,   -0.0387928672f,
+                              0.0320697352f,  -0.0260471422f,   0.0203682519f,   -0.015005636f,
+                              0.0102156745f,  -0.00680063758f,  0.00464210752f,  -0.00244841422f,
+                              0.00070342113f, -0.000506081502f, 0.000636892219f, -0.000243466609f};
     const vf half = v_set1(0.5f), limit = v_set1(5.5f);
     const vf c = v_min(limit, v_max(v_set1(-5.5f), x));
     const vf t = v_fma(v_mul(c, c), v_set1(2.0f / (5.5f * 5.5f)), v_set1(-1.0f));

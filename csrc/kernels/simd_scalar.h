@@ -2,7 +2,7 @@
  *
  * The three simd_*.h give the same names with the same results to the last bit:
  *   vf                          16 float32 lanes
- *   v_load_n / v_store_n        the first n lanes, 1 <= n <= 16; absent lanes are loaded as `fill`, never touched in memory
+ *   v_load_n, v_store_n         the first n lanes, 1 <= n <= 16; absent lanes are loaded as `fill`, memory is not touched
  *   v_max(limit, x), v_min      x when the comparison is unordered: a NaN in x stays
  *   v_sum                       the tree of kernels.h: lane l + lane l+8, then l+4, l+2, l+1
  *   v_scale2(p, t)              p * 2^i, i = -126 .. 127 the integer that t = x + 1.5 * 2^23 carries in its low bits

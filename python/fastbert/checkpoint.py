@@ -4,14 +4,14 @@ What cannot be run exactly is refused by name: other architectures, other mathem
 tensors. Nothing is allocated from a number of config.json: the tensors in the file must confirm it.
 """
 
-import math
+import os
 import re
+import reprlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any
 
-from fastbert.files import read_json
+from fastbert.files import count, read_json, require
 from fastbert.safetensors import Tensor, open_safetensors
 
 # config.json name -> name in the engine (transformers, activations.py: each alias is the same function).
@@ -41,9 +41,9 @@ _COUNTS = {
     "type_vocab_size": (2, 1, 1 << 16),
 }
 
-# Keys that change the mathematics, and the values under which it is BERT's. An absent key is as good as the first.
+# Keys that change the mathematics, and the values under which it is BERT's.
 _REQUIRED = {
-    "model_type": ("bert",),
+    "model_type": ("bert", None),
     "position_embedding_type": ("absolute", None),
     "is_decoder": (False, None),
     "add_cross_attention": (False, None),
@@ -114,13 +114,11 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 def load_config(path: Path) -> BertConfig:
     """Read and check config.json. Raises OSError or ValueError, with the path and the key."""
     config = read_json(path, dict)
-    for key, supported in _REQUIRED.items():
-        if key in config and config[key] not in supported:
-            raise ValueError(f"{path}: {key}: expected {supported[0]!r}, got {config[key]!r}")
+    require(path, config, _REQUIRED)
     auto_map = config.get("auto_map")
     if isinstance(auto_map, dict) and "AutoModel" in auto_map:
         raise ValueError(f"{path}: auto_map: expected a plain BERT, got a model that brings its own code")
-    counts = {key: count(path, key, config.get(key, default), low, high) for key, (default, low, high) in _COUNTS.items()}
+    counts = {key: count(path, key, config.get(key, absent), *limits) for key, (absent, *limits) in _COUNTS.items()}
     if counts["hidden_size"] % counts["num_attention_heads"]:
         raise ValueError(
             f"{path}: hidden_size: expected a multiple of num_attention_heads {counts['num_attention_heads']}, "
@@ -128,21 +126,14 @@ def load_config(path: Path) -> BertConfig:
         )
     eps = config.get("layer_norm_eps", 1e-12)
     if type(eps) not in (int, float) or not 1e-37 <= eps <= 1:  # from 1e-37: no subnormal float32
-        raise ValueError(f"{path}: layer_norm_eps: expected a number from 1e-37 to 1, got {eps!r}")
+        raise ValueError(f"{path}: layer_norm_eps: expected a number from 1e-37 to 1, got {reprlib.repr(eps)}")
     act = config.get("hidden_act", "gelu")
     if not isinstance(act, str) or act not in ACTIVATIONS:
-        raise ValueError(f"{path}: hidden_act: expected one of {', '.join(ACTIVATIONS)}, got {act!r}")
+        raise ValueError(f"{path}: hidden_act: expected one of {', '.join(ACTIVATIONS)}, got {reprlib.repr(act)}")
     pad = config.get("pad_token_id", 0)
     if pad is not None:
         count(path, "pad_token_id", pad, 0, counts["vocab_size"] - 1)
     return BertConfig(**counts, layer_norm_eps=float(eps), hidden_act=ACTIVATIONS[act], pad_token_id=pad)
-
-
-def count(where: object, key: str, value: Any, low: int, high: int) -> int:
-    """``value`` if it is a whole number from ``low`` to ``high``; ValueError, which begins with ``where``, if not."""
-    if type(value) is not int or not low <= value <= high:
-        raise ValueError(f"{where}: {key}: expected a whole number from {low} to {high}, got {value!r}")
-    return value
 
 
 # ---- weights ----
@@ -204,7 +195,9 @@ def _load_tensors(folder: Path, config: BertConfig) -> tuple[dict[str, Tensor], 
         check_tensor(places[name], tensors[name], shape)
     for name in tensors:
         if name not in shapes:  # another architecture, or more layers than num_hidden_layers
-            raise ValueError(f"{places[name]}: expected no such tensor in the encoder that config.json describes")
+            raise ValueError(
+                f"{places[name]}: expected no such tensor in a BERT of {config.num_hidden_layers} layers (config.json)"
+            )
     return tensors, other
 
 
@@ -228,15 +221,15 @@ def _canonical(name: str) -> str:
 def _weight_files(folder: Path) -> tuple[Path, list[tuple[Path, dict[str, Tensor]]]]:
     """The file that says what tensors there are, and (file, its tensors) for each file with weights."""
     path = folder / "model.safetensors"
-    if path.exists():
+    if os.path.lexists(path):
         return path, [(path, open_safetensors(path))]
     index_path = folder / "model.safetensors.index.json"
-    if index_path.exists():
+    if os.path.lexists(index_path):
         return index_path, _load_shards(index_path)
     found = sorted(entry.name for entry in folder.iterdir() if entry.suffix in _OTHER_WEIGHTS)
     raise FileNotFoundError(
-        f"{folder}: expected model.safetensors or model.safetensors.index.json, found {', '.join(found) or 'no weights'}"
-        f"{'; safetensors is the only weight format read at present' if found else ''}"
+        f"{folder}: expected model.safetensors or model.safetensors.index.json, which are the weights read at present; "
+        f"found {', '.join(found) or 'no weights'}"
     )
 
 
@@ -250,11 +243,11 @@ def _load_shards(index_path: Path) -> list[tuple[Path, dict[str, Tensor]]]:
     files = []
     for shard, names in shards.items():
         if "\\" in shard or PurePath(shard).name != shard or not shard.endswith(".safetensors"):
-            raise ValueError(f"{index_path}: weight_map: expected a plain name of a .safetensors file, got {shard!r}")
+            raise ValueError(f"{index_path}: weight_map: expected plain .safetensors names, got {shard[:99]!r}")
         path = index_path.parent / shard
         content = open_safetensors(path)
         for name in sorted(names ^ content.keys()):
-            listed, there = ("listed", "absent") if name in names else ("not listed", "there")
-            raise ValueError(f"{path}: {name}: expected the tensors that {index_path.name} lists, got one {listed} but {there}")
+            found = "none of that name" if name in names else "one that is not listed"
+            raise ValueError(f"{path}: {name}: expected the tensors that {index_path.name} lists, got {found}")
         files.append((path, content))
     return files

@@ -11,10 +11,11 @@ import operator
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from itertools import islice, pairwise
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
@@ -23,7 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 from fastbert import _core, hub
 from fastbert.checkpoint import load_checkpoint
 from fastbert.sentence import load_sentence_config
-from fastbert.tokenizer import TokenBatch, check_texts, load_tokenizer
+from fastbert.tokenizer import Tokenizer, check_texts, load_tokenizer
 
 logger = logging.getLogger("fastbert")
 logger.addHandler(logging.NullHandler())
@@ -64,13 +65,23 @@ class KernelSet(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """The checked arguments of encode that each step needs."""
+    """The checked arguments of encode, as its steps need them."""
 
+    tokenizer: Tokenizer
     prompt: str
-    tokens: bool  # token embeddings rather than sentence vectors
+    tokens: bool  # token embeddings, not sentence vectors
     dim: int
     rescale: bool  # to unit length, beyond what the model itself does
     on_long: str
+    count: bool  # the tokens that a cut text had
+
+
+class _Step(NamedTuple):
+    """The results for some texts."""
+
+    rows: Floats | list[Floats]  # [texts, dim], or token embeddings [tokens_i, hidden]
+    counts: NDArray[np.int64]
+    truncated: NDArray[np.bool_]
 
 
 def kernels() -> list[KernelSet]:
@@ -81,11 +92,8 @@ def kernels() -> list[KernelSet]:
     ValueError
         FASTBERT_ISA names a set that is not in this build or that this CPU cannot run.
     """
-    sets = _core.isas()
-    usable = [name for name, supported in sets if supported]
-    chosen = os.environ.get("FASTBERT_ISA") or usable[0]
-    _one_of("FASTBERT_ISA", chosen, usable)
-    return [KernelSet(name, supported, name == chosen) for name, supported in sets]
+    chosen = _core.select_isa()
+    return [KernelSet(name, supported, name == chosen) for name, supported in _core.isas()]
 
 
 class Encoder:
@@ -142,9 +150,35 @@ class Encoder:
     ) -> None:
         self.precision = _one_of("precision", precision, ("fp32",))
         self.threads = None if threads is None else _count("threads", threads)
-        self._source = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        folder = hub.resolve(model, **self._source, token=token)
-        LOADER
+        self._hub = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        self.folder = hub.resolve(model, **self._hub, token=token)
+        """Where the files were read from."""
+        is_folder = model is not None and Path(model).expanduser().is_dir()
+        self.model = str(self.folder.absolute()) if is_folder else model or hub.DEFAULT_MODEL
+        """The hub id, or the folder in full."""
+
+        sentence = load_sentence_config(self.folder)
+        checkpoint = load_checkpoint(sentence.transformer_folder)
+        self.config = checkpoint.config
+        self.tokenizer = load_tokenizer(
+            sentence.transformer_folder,
+            vocab_size=self.config.vocab_size,
+            max_position_embeddings=self.config.max_position_embeddings,
+            max_seq_length=max_seq_length,
+            default_max_seq_length=sentence.max_seq_length,
+            do_lower_case=sentence.do_lower_case,
+        )
+        self.pooling = sentence.pooling
+        self.dense = tuple(layer.activation for layer in sentence.dense)
+        self.normalize = sentence.normalize
+        self._include_prompt = sentence.include_prompt
+        tensors = dict(checkpoint.tensors)
+        for i, layer in enumerate(sentence.dense):
+            tensors[f"dense.{i}.weight"] = layer.weight
+            if layer.bias is not None:
+                tensors[f"dense.{i}.bias"] = layer.bias
+        head = {"pooling": self.pooling, "dense": self.dense, "normalize": self.normalize}
+        self._model = _core.Model(asdict(self.config) | head, tensors)
 
         self.prompts = {"query": "", "document": ""} | sentence.prompts
         self.default_prompt_name = sentence.default_prompt_name
@@ -215,7 +249,7 @@ class Encoder:
         truncate_dim : int, optional
             Keep the first `truncate_dim` numbers of each vector.
         on_long : {"truncate", "warn", "error"}
-            What becomes of texts of more than `max_seq_length` tokens: cut silently, cut with a UserWarning, ValueError.
+            A text of more than `max_seq_length` tokens is cut, cut with a UserWarning, or a ValueError.
         return_info : bool, default False
             Return (result, EncodeInfo).
 
@@ -232,35 +266,44 @@ class Encoder:
         ValueError
             An argument is out of range, or a text is too long and ``on_long="error"``.
         """
-        plan = self._plan(prompt_name, prompt, output_value, precision, normalize_embeddings, truncate_dim, on_long)
-        step = BATCHES_PER_STEP * _count("batch_size", batch_size)
+        plan = self._plan(
+            prompt_name, prompt, output_value, precision, normalize_embeddings, truncate_dim, on_long, return_info
+        )
+        size = BATCHES_PER_STEP * _count("batch_size", batch_size)
         texts, single = check_texts(inputs)
         result: Any = [] if plan.tokens else np.empty((len(texts), plan.dim), np.float32)
-        counts = np.empty(len(texts), np.int64)
+        info = EncodeInfo(np.empty(len(texts), np.int64), np.empty(len(texts), np.bool_))
         done = 0
-        with _progress_bar(len(texts), show_progress_bar) as bar:
-            for rows, batch in self._steps(texts, step, plan):
-                part = slice(done, done + len(rows))
-                result[part] = rows
-                counts[part] = batch.counts
+        with _progress_bar(len(texts), show_progress_bar) as progress:
+            for step in self._steps(texts, size, plan):
+                part = slice(done, done + len(step.rows))
+                result[part], info.token_counts[part], info.truncated[part] = step
+                progress(len(step.rows))
                 done = part.stop
-                if bar is not None:
-                    bar.update(len(rows))
         if not convert_to_numpy:
             result = list(result)
-        info = EncodeInfo(counts, counts > self.max_seq_length)
         if single:
-            result, info = result[0], EncodeInfo(int(counts[0]), bool(info.truncated[0]))
+            result, info = result[0], EncodeInfo(int(info.token_counts[0]), bool(info.truncated[0]))
         return (result, info) if return_info else result
 
     def encode_query(
-        self, inputs: Sequence[str], prompt_name: str | None = None, prompt: str | None = None, *args: Any, **kwargs: Any
+        self,
+        inputs: Sequence[str],
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         """`encode` with the prompt "query" where neither `prompt_name` nor `prompt` is given."""
         return self.encode(inputs, prompt_name, self._task(prompt_name, prompt, "query"), *args, **kwargs)
 
     def encode_document(
-        self, inputs: Sequence[str], prompt_name: str | None = None, prompt: str | None = None, *args: Any, **kwargs: Any
+        self,
+        inputs: Sequence[str],
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         """`encode` with the first prompt out of "document", "passage" and "corpus" that the model has, else none."""
         prompt = self._task(prompt_name, prompt, "document", "passage", "corpus")
@@ -285,8 +328,8 @@ class Encoder:
         if isinstance(inputs, str | bytes):
             raise TypeError(f"inputs: expected an iterable of str, got {type(inputs).__name__}")
         plan = self._plan(prompt_name, prompt, output_value, precision, normalize_embeddings, truncate_dim, on_long)
-        steps = self._steps(inputs, _count("batch_size", batch_size), plan)
-        return (row for rows, _ in steps for row in rows)
+        steps = self._steps(_strings(inputs), _count("batch_size", batch_size), plan)
+        return (row for step in steps for row in step.rows)
 
     def _plan(
         self,
@@ -297,25 +340,364 @@ class Encoder:
         normalize_embeddings: bool | None,
         truncate_dim: int | None,
         on_long: str,
+        return_info: bool = False,
     ) -> _Plan:
         _one_of("precision", precision, ("float32",))
         _one_of("on_long", on_long, ("truncate", "warn", "error"))
         tokens = _one_of("output_value", output_value, ("sentence_embedding", "token_embeddings")) == "token_embeddings"
         if tokens and (normalize_embeddings or truncate_dim is not None):
-            raise ValueError("output_value 'token_embeddings': normalize_embeddings and truncate_dim need sentence vectors")
+            raise ValueError(
+                "normalize_embeddings, truncate_dim: expected neither with output_value='token_embeddings'"
+            )
         if prompt is None:
             name = self.default_prompt_name if prompt_name is None else prompt_name
             prompt = "" if name is None else self.prompts[_one_of("prompt_name", name, self.prompts)]
-        if prompt and not self._sentence.include_prompt:
-            raise ValueError(f"{self.model}: its pooling leaves the prompt's tokens out (include_prompt false), which ...")
+        if not isinstance(prompt, str):
+            raise TypeError(f"prompt: expected str, got {type(prompt).__name__}")
+        if prompt and not self._include_prompt:
+            raise ValueError(
+                f"prompt: {self.model} leaves the tokens of a prompt out of pooling (include_prompt is false in its "
+                f"pooling config.json), which is not supported; expected no prompt, got {prompt!r}"
+            )
         full = self._model.vector_dim
         dim = full if truncate_dim is None else _count("truncate_dim", truncate_dim, full)
-        unit = self._sentence.normalize
-        wanted = unit if normalize_embeddings is None else normalize_embeddings
-        return _Plan(prompt, tokens, dim, wanted and (dim < full or not unit), on_long)
+        unit = self.normalize if normalize_embeddings is None else normalize_embeddings
+        return _Plan(
+            self.tokenizer,
+            prompt,
+            tokens,
+            dim,
+            rescale=unit and (dim < full or not self.normalize),
+            on_long=on_long,
+            count=return_info or on_long != "truncate",
+        )
 
-    def _steps(
-        self, texts: Iterable[str], size: int, plan: _Plan
-    ) -> Iterator[tuple[Floats | list[Floats], TokenBatch]]:
-        """Results and tokens of `size` texts at a time."""
-        ...
+    def _steps(self, texts: Iterable[str], size: int, plan: _Plan) -> Iterator[_Step]:
+        """What becomes of `size` texts at a time."""
+        texts = iter(texts)
+        first, silent = 0, plan.on_long == "truncate"
+        while part := [plan.prompt + text for text in islice(texts, size)]:
+            batch = plan.tokenizer.encode_batch(part)
+            counts, cut = np.diff(batch.offsets), np.flatnonzero(batch.truncated)
+            if plan.count and cut.size:
+                counts[cut] = plan.tokenizer.count_tokens([part[i] for i in cut])
+            if cut.size and not silent:
+                message = (
+                    f"inputs[{first + cut[0]}]: expected at most {plan.tokenizer.max_seq_length} tokens "
+                    f"(max_seq_length), got {counts[cut[0]]}"
+                )
+                if plan.on_long == "error":
+                    raise ValueError(message)
+                warnings.warn(f"{message}; it is cut, as is every longer text after it", stacklevel=3)
+                silent = True
+            hidden, _, vectors = self._model.forward(
+                batch.ids,
+                batch.offsets,
+                batch.type_ids,
+                hidden=plan.tokens,
+                vectors=not plan.tokens,
+                threads=self.threads or 0,
+            )
+            if hidden is not None:
+                yield _Step([hidden[a:b] for a, b in pairwise(batch.offsets)], counts, batch.truncated)
+            elif plan.rescale:
+                yield _Step(_unit(vectors[:, : plan.dim]), counts, batch.truncated)
+            else:
+                yield _Step(vectors[:, : plan.dim], counts, batch.truncated)
+            first += len(part)
+
+    def _task(self, prompt_name: str | None, prompt: str | None, *names: str) -> str | None:
+        """The prompt of a task: the user's, else the first of `names` that says something, else none."""
+        if prompt_name is not None or prompt is not None:
+            return prompt
+        return next(filter(None, map(self.prompts.get, names)), "")
+
+    # ---- token ids ----
+
+    def forward(
+        self, input_ids: ArrayLike, attention_mask: ArrayLike | None = None, token_type_ids: ArrayLike | None = None
+    ) -> ModelOutput:
+        """Run the encoder on padded rows of token ids.
+
+        Parameters
+        ----------
+        input_ids : array of integers, shape (batch, seq)
+            0 <= id < vocab_size, in the padding too. Each row has 1 to max_position_embeddings tokens.
+        attention_mask : array of 0 and 1, shape (batch, seq), optional
+            Ones, then zeros, in each row: positions count from the first column, so padding stands on the right.
+            Default: ones.
+        token_type_ids : array of integers, shape (batch, seq), optional
+            0 <= id < type_vocab_size. Default: zeros.
+
+        Returns
+        -------
+        ModelOutput
+            last_hidden_state (batch, seq, hidden), 0 in the padding; pooler_output (batch, hidden) or None.
+
+        Raises
+        ------
+        TypeError
+            An argument does not consist of integers.
+        ValueError
+            A shape, an id or a row of the mask is wrong; the text names its place.
+        """
+        ids = _integers("input_ids", input_ids, "batch, seq", self.config.vocab_size)
+        if attention_mask is None:
+            mask = np.ones(ids.shape, np.bool_)
+        else:
+            mask = _integers("attention_mask", attention_mask, "batch, seq", 2, like=ids).astype(np.bool_)
+        type_ids = None
+        if token_type_ids is not None:
+            type_ids = _integers("token_type_ids", token_type_ids, "batch, seq", self.config.type_vocab_size, like=ids)
+            type_ids = type_ids[mask]
+        lengths = mask.sum(axis=1)
+        scattered = np.flatnonzero((mask != (np.arange(ids.shape[1]) < lengths[:, None])).any(axis=1))
+        if scattered.size:
+            raise ValueError(
+                f"attention_mask[{scattered[0]}]: expected ones, then zeros (positions count from the first column, so "
+                f"padding stands on the right), got {mask[scattered[0]].astype(int)}"
+            )
+        offsets = np.zeros(len(ids) + 1, np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        hidden, pooled, _ = self._model.forward(
+            ids[mask],
+            offsets,
+            type_ids,
+            hidden=True,
+            pooler=self._model.has_pooler,
+            threads=self.threads or 0,
+        )
+        padded = np.zeros((*ids.shape, self._model.hidden_size), np.float32)
+        padded[mask] = hidden
+        return ModelOutput(padded, pooled)
+
+    def forward_ragged(self, ids: ArrayLike, offsets: ArrayLike, type_ids: ArrayLike | None = None) -> Floats:
+        """Run the encoder on sequences that stand one after the other: no padding anywhere.
+
+        Parameters
+        ----------
+        ids : array of integers, shape (tokens,)
+            0 <= id < vocab_size.
+        offsets : array of integers, shape (batch + 1,)
+            From 0 to tokens; sequence i is ``ids[offsets[i]:offsets[i + 1]]``, 1 to max_position_embeddings tokens.
+        type_ids : array of integers, shape (tokens,), optional
+            0 <= id < type_vocab_size. Default: zeros.
+
+        Returns
+        -------
+        ndarray of float32, shape (tokens, hidden)
+            last_hidden_state; row t belongs to ``ids[t]``.
+
+        Raises
+        ------
+        TypeError
+            An argument does not consist of integers.
+        ValueError
+            A shape, an id or an offset is wrong; the text names its place.
+        """
+        ids = _integers("ids", ids, "tokens", self.config.vocab_size)
+        bounds = _integers("offsets", offsets, "batch + 1", ids.size + 1).astype(np.int64)
+        if type_ids is not None:
+            type_ids = _integers("type_ids", type_ids, "tokens", self.config.type_vocab_size, like=ids)
+        return self._model.forward(ids, bounds, type_ids, hidden=True, threads=self.threads or 0)[0]
+
+    # ---- vectors ----
+
+    def similarity(self, embeddings1: ArrayLike, embeddings2: ArrayLike) -> Floats:
+        """Scores of all pairs of rows by `similarity_fn_name`; distances are negative, so that more is more similar.
+
+        Takes (n, dim) and (m, dim), or (dim,) for one vector; returns float32 of shape (n, m).
+        Raises ValueError for other shapes.
+        """
+        a, b = _two_matrices(embeddings1, embeddings2)
+        _, all_with_all = _SIMILARITIES[_one_of("similarity_fn_name", self.similarity_fn_name, _SIMILARITIES)]
+        return all_with_all(a, b)
+
+    def similarity_pairwise(self, embeddings1: ArrayLike, embeddings2: ArrayLike) -> Floats:
+        """Scores of rows with the same index by `similarity_fn_name`: (n, dim) and (n, dim) give float32 (n,)."""
+        a, b = _two_matrices(embeddings1, embeddings2)
+        if len(a) != len(b):
+            raise ValueError(f"embeddings2: expected {len(a)} rows, got {len(b)}")
+        same_index, _ = _SIMILARITIES[_one_of("similarity_fn_name", self.similarity_fn_name, _SIMILARITIES)]
+        return same_index(a, b)
+
+    # ---- what it is ----
+
+    @property
+    def max_seq_length(self) -> int:
+        """Tokens that a text is cut to, [CLS] and [SEP] included. May be set, up to the model's positions."""
+        return self.tokenizer.max_seq_length
+
+    @max_seq_length.setter
+    def max_seq_length(self, value: int) -> None:
+        self.tokenizer = self.tokenizer.with_max_seq_length(value)
+
+    def get_max_seq_length(self) -> int:
+        """`max_seq_length`, under its name in sentence-transformers."""
+        return self.max_seq_length
+
+    def get_embedding_dimension(self) -> int:
+        """Length of a sentence vector."""
+        return self._model.vector_dim
+
+    get_sentence_embedding_dimension = get_embedding_dimension
+
+    def info(self) -> dict[str, Any]:
+        """What was loaded and how it runs, ready for JSON. Names that end in _bytes count bytes."""
+        threads = self.threads or _core.get_num_threads()
+        return {
+            "model": self.model,
+            "folder": str(self.folder),
+            "precision": self.precision,
+            **asdict(self.config),
+            "pooling": list(self.pooling),
+            "dense": list(self.dense),
+            "normalize": self.normalize,
+            "embedding_dimension": self.get_embedding_dimension(),
+            "has_pooler": self._model.has_pooler,
+            "max_seq_length": self.max_seq_length,
+            "prompts": dict(self.prompts),
+            "default_prompt_name": self.default_prompt_name,
+            "similarity_fn_name": self.similarity_fn_name,
+            "isa": self._model.isa,
+            "gemm_f32": self._model.gemm_f32,
+            "threads": threads,
+            "weights_bytes": self._model.weights_bytes,
+            "scratch_bytes": self._model.scratch_bytes(threads),
+        }
+
+    def memory_plan(self, max_batch_tokens: int) -> dict[str, int]:
+        """Bytes that a forward pass over at most `max_batch_tokens` tokens holds.
+
+        weights_bytes are there once, whoever calls. The rest is per call at the same time: scratch_bytes at most,
+        whatever the batch; input_bytes, ids, token types and offsets; hidden_bytes, last_hidden_state where it is asked
+        for. Sentence vectors are the caller's: 4 * dim bytes a text.
+        """
+        tokens = _count("max_batch_tokens", max_batch_tokens)
+        return {
+            "weights_bytes": self._model.weights_bytes,
+            "scratch_bytes": self._model.scratch_bytes(self.threads or 0),
+            "input_bytes": (4 + 4 + 8) * tokens + 8,
+            "hidden_bytes": 4 * self._model.hidden_size * tokens,
+        }
+
+    def __repr__(self) -> str:
+        shape = f"layers={self.config.num_hidden_layers}, hidden_size={self.config.hidden_size}"
+        return f"{type(self).__name__}({self.model!r}, {shape}, precision={self.precision!r}, isa={self._model.isa!r})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        load = partial(
+            type(self),
+            self.model,
+            precision=self.precision,
+            threads=self.threads,
+            max_seq_length=self.max_seq_length,
+            **self._hub,
+        )
+        names = ("prompts", "default_prompt_name", "similarity_fn_name")
+        return load, (), {name: getattr(self, name) for name in names}
+
+
+# ---- checks ----
+
+
+def _one_of(name: str, value: Any, choices: Iterable[str]) -> Any:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices) or 'none'}, got {value!r}")
+    return value
+
+
+def _count(name: str, value: Any, most: int | None = None) -> int:
+    try:
+        count = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected a whole number, got {type(value).__name__}") from None
+    if count < 1 or (most is not None and count > most):
+        raise ValueError(f"{name}: expected {'at least 1' if most is None else f'1 to {most}'}, got {value}")
+    return count
+
+
+def _strings(inputs: Iterable[str]) -> Iterator[str]:
+    for i, text in enumerate(inputs):
+        if not isinstance(text, str):
+            raise TypeError(f"inputs[{i}]: expected str, got {type(text).__name__}")
+        yield text
+
+
+def _integers(name: str, value: ArrayLike, axes: str, end: int, like: NDArray[Any] | None = None) -> NDArray[np.int32]:
+    """`value` as an array of these axes (and of the shape of `like`) with numbers from 0 to below `end`."""
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        raise ValueError(f"{name}: expected shape [{axes}], got rows of different lengths") from None
+    if array.size and array.dtype.kind not in "biu":
+        raise TypeError(f"{name}: expected integers, got {array.dtype}")
+    if array.ndim != axes.count(",") + 1:
+        raise ValueError(f"{name}: expected shape [{axes}], got {list(array.shape)}")
+    if like is not None and array.shape != like.shape:
+        raise ValueError(f"{name}: expected shape {list(like.shape)}, got {list(array.shape)}")
+    wrong = np.argwhere((array < 0) | (array >= end))
+    if wrong.size:
+        place = ", ".join(map(str, wrong[0]))
+        raise ValueError(f"{name}[{place}]: expected 0 to {end - 1}, got {array[tuple(wrong[0])]}")
+    return array.astype(np.int32)
+
+
+@contextmanager
+def _progress_bar(total: int, shown: bool | None) -> Iterator[Callable[[int], object]]:
+    """Gives a function to be called with the number of texts done."""
+    if logger.isEnabledFor(logging.INFO) if shown is None else shown:
+        from tqdm.auto import tqdm
+
+        with tqdm(total=total, desc="Texts", unit="text") as bar:
+            yield bar.update
+    else:
+        yield lambda texts: None
+
+
+# ---- vectors ----
+
+
+def _two_matrices(embeddings1: ArrayLike, embeddings2: ArrayLike) -> tuple[Floats, Floats]:
+    a, b = (np.atleast_2d(np.asarray(x, np.float32)) for x in (embeddings1, embeddings2))
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
+        raise ValueError(f"embeddings2: expected shape [rows, {a.shape[-1]}] as embeddings1, got {list(b.shape)}")
+    return a, b
+
+
+def _unit(x: Floats) -> Floats:
+    """Rows of unit length; zeros stay zeros (1e-12 as in torch.nn.functional.normalize)."""
+    length = np.linalg.norm(x.astype(np.float64), axis=-1, keepdims=True)
+    return x / np.maximum(length, 1e-12).astype(np.float32)
+
+
+def _cosine(a: Floats, b: Floats) -> Floats:
+    return _dot(_unit(a), _unit(b))
+
+
+def _dot(a: Floats, b: Floats) -> Floats:
+    return (a * b).sum(axis=-1)
+
+
+def _euclidean(a: Floats, b: Floats) -> Floats:
+    return -np.sqrt(np.square(a - b).sum(axis=-1))
+
+
+def _manhattan(a: Floats, b: Floats) -> Floats:
+    return -np.abs(a - b).sum(axis=-1)
+
+
+def _each_row(score: Callable[[Floats, Floats], Floats], a: Floats, b: Floats) -> Floats:
+    scores = np.empty((len(a), len(b)), np.float32)
+    for row, out in zip(a, scores, strict=True):
+        out[:] = score(row, b)
+    return scores
+
+
+# similarity_fn_name -> score of rows of one index, scores of all rows with all rows
+_SIMILARITIES: dict[str, tuple[Callable[[Floats, Floats], Floats], Callable[[Floats, Floats], Floats]]] = {
+    "cosine": (_cosine, lambda a, b: _unit(a) @ _unit(b).T),
+    "dot": (_dot, lambda a, b: a @ b.T),
+    "euclidean": (_euclidean, partial(_each_row, _euclidean)),
+    "manhattan": (_manhattan, partial(_each_row, _manhattan)),
+}

@@ -1,9 +1,13 @@
-"""Opening the files of a model: regular files only, sizes checked before reading, every error names the file."""
+"""Opening the files of a model, and checking the values in their JSON.
+
+Regular files only, sizes checked before reading; every error names the file.
+"""
 
 import json
 import os
+import reprlib
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -25,7 +29,7 @@ def open_file(path: Path) -> BinaryIO:
     file = open(path, "rb")
     if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
         file.close()
-        raise ValueError(f"{path}: expected the file itself, got a Git LFS pointer to it (`git lfs pull` fetches the file)")
+        raise ValueError(f"{path}: expected the file itself, got a Git LFS pointer (`git lfs pull` fetches the file)")
     file.seek(0)
     return file
 
@@ -68,3 +72,25 @@ def read_json(path: Path, kind: type[T]) -> T:
 def read_optional_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty where there is no such file. A dangling link is an error, not an absent file."""
     return read_json(path, dict) if os.path.lexists(path) else {}
+
+
+def count(where: object, key: str, value: Any, low: int, high: int) -> int:
+    """``value`` if it is a whole number from ``low`` to ``high``; ValueError, which begins with ``where``, if not."""
+    if type(value) is not int or not low <= value <= high:
+        raise ValueError(f"{where}: {key}: expected a whole number from {low} to {high}, got {reprlib.repr(value)}")
+    return value
+
+
+def flag(where: object, config: Mapping[str, Any], key: str, absent: bool) -> bool:
+    """The true or false of a key, ``absent`` where it is not there; ValueError as from count."""
+    value = config.get(key, absent)
+    if not isinstance(value, bool):
+        raise ValueError(f"{where}: {key}: expected true or false, got {reprlib.repr(value)}")
+    return value
+
+
+def require(where: object, config: Mapping[str, Any], table: Mapping[str, tuple[Any, ...]]) -> None:
+    """ValueError as from count for a value outside the table {key: supported values}; an absent key passes."""
+    for key, supported in table.items():
+        if key in config and config[key] not in supported:
+            raise ValueError(f"{where}: {key}: expected {supported[0]!r}, got {reprlib.repr(config[key])}")

@@ -106,7 +106,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _parse_entry(where: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
-    """dtype, shape, start, stop of {"dtype", "shape", "data_offsets"}; stop - start is the size that the others give."""
+    """dtype, shape, start, stop of {"dtype", "shape", "data_offsets"}; stop - start is the size of the others."""
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{where}: expected dtype, shape and data_offsets, got {reprlib.repr(entry)}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

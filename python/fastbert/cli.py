@@ -1,0 +1,244 @@
+"""Command line: fastbert encode, fastbert info; also python -m fastbert.
+
+A command is a row of COMMANDS: its name, what declares its arguments, what runs it. What the user got wrong becomes one
+line on stderr and exit status 2; anything else is a bug and keeps its traceback.
+"""
+
+import argparse
+import codecs
+import csv
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from itertools import tee
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn
+
+import numpy as np
+
+from fastbert import _core
+from fastbert.encoder import Encoder, Floats, kernels
+
+EXIT_USAGE = 2  # as argparse
+EXIT_SIGINT, EXIT_SIGPIPE = 128 + 2, 128 + 13  # what a shell reports for a process that the signal ended
+
+Rows = Iterable[tuple[str, Floats]]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USAGE, f"{self.prog}: error: {message} ({self.prog} --help lists the arguments)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line (default: that of the process) and return its exit status."""
+    parser = _Parser(prog="fastbert", description="BERT encoders on this CPU: text in, vectors out.")
+    parser.add_argument("--version", action="version", version=f"fastbert {version('fastbert-cpu')}")
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, (add_arguments, run) in COMMANDS.items():
+        command = subparsers.add_parser(name, help=run.__doc__, description=run.__doc__)
+        add_arguments(command)
+        command.set_defaults(run=run)
+    args = parser.parse_args(argv)
+    try:
+        args.run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's own flush at exit fails too
+        return EXIT_SIGPIPE
+    except KeyboardInterrupt:
+        return EXIT_SIGINT
+    except (OSError, ValueError) as error:
+        named = isinstance(error, OSError) and error.filename is not None and error.strerror
+        text = f"{error.filename}: {error.strerror}" if named else str(error)
+        print("fastbert: error:", " ".join(text.split()), file=sys.stderr)
+        return EXIT_USAGE
+    return 0
+
+
+# ---- the model ----
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument("-m", "--model", help=f"folder or hub id (default: {default})")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads per call (default: what the machine grants)")
+    parser.add_argument("--max-seq-length", type=int, metavar="N", help="tokens per text (default: the model's)")
+    parser.add_argument("--revision", help="branch, tag or commit on the hub")
+    parser.add_argument("--cache-dir", metavar="DIR", help="the hub's cache")
+    parser.add_argument("--local-files-only", action="store_true", help="never ask the hub")
+
+
+def _load(args: argparse.Namespace) -> Encoder:
+    options = ("threads", "max_seq_length", "revision", "cache_dir", "local_files_only")
+    return Encoder(args.model, **{name: getattr(args, name) for name in options})
+
+
+# ---- encode ----
+
+
+def _add_encode_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("texts", nargs="*", metavar="TEXT", help="texts to embed (default: lines of standard input)")
+    parser.add_argument("-i", "--input", metavar="FILE", help="UTF-8, one text per line; - is standard input")
+    parser.add_argument("-o", "--output", metavar="FILE", help="written whole or not at all (default: standard output)")
+    parser.add_argument("-f", "--format", choices=FORMATS, help="default: what FILE ends in, else jsonl")
+    parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="texts in work at once (default: 256)")
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt-name", metavar="NAME", help="put this prompt of the model in front of each text")
+    prompt.add_argument("--prompt", metavar="TEXT", help="put TEXT in front of each text")
+    parser.add_argument("--truncate-dim", type=int, metavar="N", help="keep the first N numbers of each vector")
+    parser.add_argument(
+        "--normalize",
+        action=argparse.BooleanOptionalAction,
+        help="scale vectors to unit length; --no- adds nothing to what the model itself does (default: what it says)",
+    )
+    parser.add_argument(
+        "--on-long",
+        choices=("truncate", "warn", "error"),
+        default="truncate",
+        help="what becomes of a text of too many tokens (default: truncate)",
+    )
+    _add_model_arguments(parser, "sentence-transformers/all-MiniLM-L6-v2")
+
+
+def _encode(args: argparse.Namespace) -> None:
+    """Turn texts into vectors."""
+    suffix = Path(args.output or "").suffix.removeprefix(".")
+    write = FORMATS[args.format or (suffix if suffix in FORMATS else "jsonl")]
+    with _open_texts(args) as texts:
+        encoder = _load(args)
+        shown, embedded = tee(texts)  # holds the texts of one batch
+        vectors = encoder.iter_encode(
+            embedded,
+            args.prompt_name,
+            args.prompt,
+            args.batch_size,
+            normalize_embeddings=args.normalize,
+            truncate_dim=args.truncate_dim,
+            on_long=args.on_long,
+        )
+        with _open_output(args.output) as file:
+            write(file, zip(shown, vectors, strict=False), args.truncate_dim or encoder.get_embedding_dimension())
+
+
+@contextmanager
+def _open_texts(args: argparse.Namespace) -> Iterator[Iterator[str]]:
+    if args.texts and args.input is not None:
+        raise ValueError("expected texts as arguments or with --input, got both")
+    if args.texts:
+        yield _decode("argument", map(os.fsencode, args.texts))
+    elif args.input not in (None, "-"):
+        with open(args.input, "rb") as file:
+            yield _decode(f"{args.input}: line", file)
+    elif args.input is None and sys.stdin.isatty():
+        raise ValueError("expected texts as arguments, with --input FILE or on standard input, got none")
+    else:
+        yield _decode("standard input: line", sys.stdin.buffer)
+
+
+def _decode(place: str, lines: Iterable[bytes]) -> Iterator[str]:
+    """The texts without line ends and byte order mark."""
+    for number, line in enumerate(lines, 1):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{place} {number}: expected UTF-8, got {error.object[error.start]:#04x}") from None
+        yield text.removesuffix("\n").removesuffix("\r")
+
+
+@contextmanager
+def _open_output(path: str | None) -> Iterator[BinaryIO]:
+    """Standard output, or a file that appears under its name only when all went well."""
+    if path is None:
+        yield sys.stdout.buffer
+        return
+    target = Path(path).resolve()
+    if target.exists() and not target.is_file():  # a device or pipe is written to, not replaced
+        with open(target, "wb") as file:
+            yield file
+        return
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    file = open(partial, "xb")
+    try:
+        with file:
+            yield file
+        os.replace(partial, target)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _write_jsonl(file: BinaryIO, rows: Rows, dim: int) -> None:
+    for text, vector in rows:
+        line = json.dumps({"text": text, "embedding": vector.tolist()}, ensure_ascii=False)
+        file.write(f"{line}\n".encode())
+
+
+def _write_csv(file: BinaryIO, rows: Rows, dim: int) -> None:
+    table = csv.writer(codecs.getwriter("utf-8")(file), lineterminator="\n")
+    table.writerow(["text", *range(dim)])
+    for text, vector in rows:
+        table.writerow([text, *vector.tolist()])
+
+
+def _write_npy(file: BinaryIO, rows: Rows, dim: int) -> None:
+    if file.isatty():
+        raise ValueError("--format npy: expected --output FILE or a pipe, got a terminal")
+    vectors = [vector for _, vector in rows]  # their number stands before them
+    header = {"descr": "<f4", "fortran_order": False, "shape": (len(vectors), dim)}
+    np.lib.format.write_array_header_1_0(file, header)
+    for vector in vectors:
+        file.write(vector.astype("<f4").tobytes())
+
+
+FORMATS: dict[str, Callable[[BinaryIO, Rows, int], None]] = {
+    "jsonl": _write_jsonl,
+    "npy": _write_npy,
+    "csv": _write_csv,
+}
+
+
+# ---- info ----
+
+
+def _add_info_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    _add_model_arguments(parser, "none, only the machine is described")
+
+
+def _info(args: argparse.Namespace) -> None:
+    """Describe this installation, this machine and, with --model, a model."""
+    report: dict[str, Any] = {
+        "versions": {name: version(name) for name in ("fastbert-cpu", "numpy", "tokenizers", "huggingface_hub")}
+        | {"python": platform.python_version()},
+        "machine": f"{platform.system()} {platform.machine()}",
+        "kernels": {
+            name: "chosen" if chosen else "supported" if supported else "not supported by this CPU"
+            for name, supported, chosen in kernels()
+        },
+        "threads": _core.get_num_threads(),
+    }
+    if args.model is not None:
+        report["model"] = _load(args).info()
+    print(json.dumps(report, indent=2, ensure_ascii=False) if args.json else "\n".join(_table(report)))
+
+
+def _table(report: dict[str, Any], indent: str = "") -> Iterator[str]:
+    for name, value in report.items():
+        if isinstance(value, dict):
+            yield f"{indent}{name}"
+            yield from _table(value, indent + "  ")
+        elif name.endswith("_bytes"):
+            yield f"{indent}{name.removesuffix('_bytes'):24} {value / 1e6:.1f} MB"
+        else:
+            text = ", ".join(map(str, value)) if isinstance(value, list) else value
+            yield f"{indent}{name:24} {text}"
+
+
+COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], None]]] = {
+    "encode": (_add_encode_arguments, _encode),
+    "info": (_add_info_arguments, _info),
+}

@@ -1,0 +1,368 @@
+"""Text to token ids: a thin adapter on the package `tokenizers`, for ragged batches.
+
+    texts -> (very long texts: only as far as the limit needs) -> ids, [CLS] and [SEP] included, cut to max_seq_length
+
+The vocabulary comes from tokenizer.json, else from a bare vocab.txt. Truncation and padding stored in tokenizer.json
+are overridden: we cut at max_seq_length and never pad. Where tokenizer_config.json and tokenizer.json disagree on lower
+case, accents or Chinese characters, the former wins, as in transformers.
+"""
+
+import copy
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastbert.files import count, flag, read_file, read_optional_json
+
+if TYPE_CHECKING:
+    import tokenizers
+
+MAX_TOKENIZER_BYTES = 256 << 20  # multilingual vocabularies of 250,000 pieces take 17 MB
+
+# Characters kept of a very long text per token that is wanted. English has about 4; see Tokenizer._head.
+_CHARACTERS_PER_TOKEN = 16
+
+# Characters that BERT's pre-tokenizer parts from what stands before them, enough to find one in most long texts. Not "_",
+# which counts as a letter where added tokens are sought.
+_BREAKS = " \t\n\r" + string.punctuation.replace("_", "") + "\u3001\u3002\uff01\uff0c\uff1a\uff1b\uff1f"
+
+# Classes of tokenizer_config.json under which transformers takes tokenizer.json as it is. All others that come with a
+# BERT are BertTokenizer, whose own settings replace those of the normalizer.
+_GENERIC_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """A ragged batch: the tokens of all texts in one row, no padding."""
+
+    ids: NDArray[np.int32]
+    """[tokens]"""
+    type_ids: NDArray[np.int32]
+    """[tokens] 0 for the first text, 1 for the second of a pair."""
+    offsets: NDArray[np.int64]
+    """[batch + 1] text i has the tokens offsets[i] .. offsets[i + 1]."""
+    truncated: NDArray[np.bool_]
+    """[batch] whether the text had more than max_seq_length tokens."""
+
+
+class Tokenizer:
+    """Made by load_tokenizer. Immutable: many threads may use one at once.
+
+    Attributes
+    ----------
+    max_seq_length : int
+        Tokens that a text is cut to, special tokens included.
+    """
+
+    def __init__(self, backend: "tokenizers.Tokenizer", max_seq_length: int, max_position_embeddings: int) -> None:
+        backend.no_padding()
+        backend.enable_truncation(max_seq_length)
+        self.max_seq_length = max_seq_length
+        self._backend = backend
+        self._max_position_embeddings = max_position_embeddings
+        self._breaks = _breaks(backend)
+        self._one_type = not any(backend.encode("a").type_ids)
+
+    def with_max_seq_length(self, max_seq_length: int) -> "Tokenizer":
+        """This tokenizer with another limit. Raises ValueError where the model has not as many positions."""
+        _check_length(self._backend, max_seq_length, self._max_position_embeddings)
+        return Tokenizer(copy.deepcopy(self._backend), max_seq_length, self._max_position_embeddings)
+
+    def encode_batch(
+        self, texts: Sequence[str], pairs: Sequence[str] | None = None, *, parallel: bool = False
+    ) -> TokenBatch:
+        """Tokenize texts, or pairs of texts.
+
+        Halves of surrogate pairs, which no Unicode text has, count as U+FFFD, which BERT drops.
+
+        Parameters
+        ----------
+        texts : sequence of str
+        pairs : sequence of str, optional
+            The second text of each pair; the longer of two is cut first.
+        parallel : bool, default False
+            Let `tokenizers` use its own threads: one per CPU, started on first use and kept; the environment variables
+            TOKENIZERS_PARALLELISM and RAYON_NUM_THREADS limit them; a later fork prints a warning. False: all work is
+            done by the calling thread. The result is the same.
+        """
+        encodings = self._encode(texts, pairs, parallel)
+        lengths = [len(encoding) for encoding in encodings]
+        offsets = np.zeros(len(lengths) + 1, np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        tokens = int(offsets[-1])
+        ids = np.fromiter(chain.from_iterable(e.ids for e in encodings), np.int32, tokens)
+        if pairs is None and self._one_type:
+            type_ids = np.zeros(tokens, np.int32)
+        else:
+            type_ids = np.fromiter(chain.from_iterable(e.type_ids for e in encodings), np.int32, tokens)
+        truncated = [n == self.max_seq_length and bool(e.overflowing) for n, e in zip(lengths, encodings, strict=True)]
+        return TokenBatch(ids, type_ids, offsets, np.array(truncated, np.bool_))
+
+    def count_tokens(self, texts: Sequence[str]) -> NDArray[np.int64]:
+        """Tokens of each whole text, special tokens included, before any cut: [len(texts)]."""
+        special = self._backend.num_special_tokens_to_add(False)
+        counts = [
+            sum(len(part) - special for part in (e, *e.overflowing)) + special
+            for e in _run(self._backend, texts, None, False)
+        ]
+        return np.array(counts, np.int64)
+
+    def _encode(self, texts: Sequence[str], pairs: Sequence[str] | None, parallel: bool) -> "list[tokenizers.Encoding]":
+        if pairs is not None:
+            return _run(self._backend, texts, pairs, parallel)
+        heads = [self._head(text) for text in texts]
+        encodings = _run(self._backend, heads, None, parallel)
+        for i, (head, text) in enumerate(zip(heads, texts, strict=True)):
+            if len(head) < len(text) and not encodings[i].overflowing:  # few tokens: mostly white space
+                encodings[i] = _run(self._backend, [text], None, parallel)[0]
+        return encodings
+
+    def _head(self, text: str) -> str:
+        """The beginning of a very long text, which gives the same ids if it has more tokens than the limit.
+
+        BERT's normalizer works on characters, its pre-tokenizer parts words at white space and punctuation, WordPiece
+        works on words: what comes from a break onwards changes no token before it.
+        """
+        enough = _CHARACTERS_PER_TOKEN * self.max_seq_length
+        if len(text) <= enough:
+            return text
+        end = max((text.rfind(character, 0, enough) for character in self._breaks), default=-1)
+        return text[:end] if end > 0 else text
+
+
+def check_texts(inputs: Any) -> tuple[list[str], bool]:
+    """The texts of ``inputs``, and whether it was a single str.
+
+    Sequences are lists, tuples, one-dimensional arrays, pandas Series and the like. Raises TypeError for anything else
+    and for an entry that is no str, whose index it names.
+    """
+    if isinstance(inputs, str):
+        return [inputs], True
+    is_sequence = all(hasattr(inputs, name) for name in ("__len__", "__iter__", "__getitem__"))
+    is_sequence = is_sequence and not isinstance(inputs, bytes | bytearray | memoryview | Mapping)
+    if not is_sequence or getattr(inputs, "ndim", 1) != 1:
+        raise TypeError(f"inputs: expected str or a sequence of str, got {type(inputs).__name__}")
+    texts = list(inputs)
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"inputs[{i}]: expected str, got {type(text).__name__}")
+    return texts, False
+
+
+def load_tokenizer(
+    folder: Path,
+    *,
+    vocab_size: int,
+    max_position_embeddings: int,
+    max_seq_length: int | None = None,
+    default_max_seq_length: int | None = None,
+    do_lower_case: bool = False,
+) -> Tokenizer:
+    """Read the tokenizer of a BERT folder.
+
+    Parameters
+    ----------
+    folder : Path
+        With tokenizer.json or vocab.txt, and perhaps tokenizer_config.json and special_tokens_map.json.
+    vocab_size, max_position_embeddings : int
+        Of the model.
+    max_seq_length : int, optional
+        The user's limit of tokens per text, special tokens included.
+    default_max_seq_length : int, optional
+        Limit where the user gives none (SentenceConfig.max_seq_length); else model_max_length of
+        tokenizer_config.json, else max_position_embeddings. Both are cut to max_position_embeddings.
+    do_lower_case : bool
+        Lower-case texts whatever tokenizer.json and tokenizer_config.json say (SentenceConfig.do_lower_case).
+
+    Raises
+    ------
+    OSError
+        A file is missing or cannot be read.
+    ValueError
+        A file is malformed, a special token is missing, the vocabulary is larger than the model's, or the limit is
+        outside the model's positions; the text names the file or the argument.
+    """
+    config_path = folder / "tokenizer_config.json"
+    config = read_optional_json(config_path)
+    # transformers gives special_tokens_map.json the last word on the special tokens.
+    tokens = _special_tokens(config_path, config | read_optional_json(folder / "special_tokens_map.json"))
+    normalizer = _normalizer(config_path, config)
+    path = folder / "tokenizer.json"
+    if path.exists():
+        backend = _from_json(path, tokens, normalizer, config.get("tokenizer_class") in _GENERIC_CLASSES)
+    else:
+        path = folder / "vocab.txt"
+        if not path.exists():
+            raise FileNotFoundError(f"{folder}: expected tokenizer.json or vocab.txt, found neither")
+        backend = _from_vocabulary(path, tokens, normalizer)
+    _check_vocabulary(path, backend, vocab_size)
+    if do_lower_case:
+        _lower_case(backend)
+
+    limit = max_seq_length
+    if limit is None:
+        limit = default_max_seq_length or _model_max_length(config_path, config)
+        limit = min(limit, max_position_embeddings)
+    _check_length(backend, limit, max_position_embeddings)
+    return Tokenizer(backend, limit, max_position_embeddings)
+
+
+# ---- the files ----
+
+
+def _special_tokens(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    tokens = {}
+    for role, default in {"unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]", "mask": "[MASK]"}.items():
+        token = config.get(f"{role}_token") or default
+        token = token.get("content") if isinstance(token, dict) else token
+        if not isinstance(token, str) or not token:
+            raise ValueError(f"{path}: {role}_token: expected a string, got {token!r}")
+        tokens[role] = token
+    return tokens
+
+
+def _normalizer(path: Path, config: Mapping[str, Any]) -> "tokenizers.normalizers.BertNormalizer":
+    """BertTokenizer's. Where strip_accents is not set, accents go if upper case goes."""
+    from tokenizers.normalizers import BertNormalizer
+
+    accents = None if config.get("strip_accents") is None else flag(path, config, "strip_accents", False)
+    return BertNormalizer(
+        clean_text=True,
+        handle_chinese_chars=flag(path, config, "tokenize_chinese_chars", True),
+        strip_accents=accents,
+        lowercase=flag(path, config, "do_lower_case", True),
+    )
+
+
+def _model_max_length(path: Path, config: Mapping[str, Any]) -> int:
+    value = config.get("model_max_length")
+    if value is None:
+        return 1 << 62
+    if type(value) not in (int, float) or not 1 <= value <= 1e31:  # "no limit" is written as 1e30
+        raise ValueError(f"{path}: model_max_length: expected a number from 1, got {value!r}")
+    return int(value)
+
+
+def _from_json(
+    path: Path, tokens: Mapping[str, str], normalizer: "tokenizers.normalizers.BertNormalizer", as_is: bool
+) -> "tokenizers.Tokenizer":
+    from tokenizers import Tokenizer
+    from tokenizers.normalizers import BertNormalizer
+
+    data = read_file(path, MAX_TOKENIZER_BYTES)
+    try:
+        backend = Tokenizer.from_buffer(data)
+    except Exception as error:  # the package raises bare Exception
+        raise ValueError(f"{path}: expected a tokenizer: {error}") from None
+    if not as_is and isinstance(backend.normalizer, BertNormalizer):
+        backend.normalizer = normalizer
+    if not as_is and backend.post_processor is None:
+        _add_template(path, backend, tokens)
+    return backend
+
+
+def _from_vocabulary(
+    path: Path, tokens: Mapping[str, str], normalizer: "tokenizers.normalizers.BertNormalizer"
+) -> "tokenizers.Tokenizer":
+    """BERT's tokenizer for a vocab.txt: the word piece of id i in line i. Of equal lines the last counts."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    data = read_file(path, MAX_TOKENIZER_BYTES)
+    try:
+        lines = data.decode().removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8: {error}") from None
+    vocabulary = {line.removesuffix("\r"): i for i, line in enumerate(lines)}
+    backend = Tokenizer(models.WordPiece(vocabulary, unk_token=tokens["unk"], max_input_chars_per_word=100))
+    backend.normalizer = normalizer
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece(prefix="##")
+    _add_template(path, backend, tokens)
+    backend.add_special_tokens([token for token in tokens.values() if token in vocabulary])
+    return backend
+
+
+def _add_template(path: Path, backend: "tokenizers.Tokenizer", tokens: Mapping[str, str]) -> None:
+    """[CLS] a [SEP] for a text, [CLS] a [SEP] b [SEP] for a pair; b and what follows it have type 1."""
+    from tokenizers.processors import BertProcessing
+
+    marks = [(tokens[role], backend.token_to_id(tokens[role])) for role in ("sep", "cls")]
+    for token, token_id in marks:
+        if token_id is None:
+            raise ValueError(f"{path}: expected the token {token} in the vocabulary")
+    backend.post_processor = BertProcessing(*marks)
+
+
+def _check_vocabulary(path: Path, backend: "tokenizers.Tokenizer", vocab_size: int) -> None:
+    largest = max(backend.get_vocab().values(), default=-1)
+    if largest >= vocab_size:
+        raise ValueError(f"{path}: expected ids below the model's vocab_size {vocab_size}, got {largest}")
+    unknown = getattr(backend.model, "unk_token", None)  # of WordPiece; without it an unknown word is an error
+    if unknown is not None and backend.model.token_to_id(unknown) is None:
+        raise ValueError(f"{path}: expected the token {unknown} in the vocabulary")
+    special = [*backend.encode("").ids, *backend.encode("", "").ids]
+    if not special or max(special) >= vocab_size:
+        raise ValueError(
+            f"{path}: expected special tokens around a text, with ids below vocab_size {vocab_size}, got {special}"
+        )
+
+
+def _check_length(backend: "tokenizers.Tokenizer", value: int, max_position_embeddings: int) -> None:
+    """The least length has room for a token beside the special ones of a text, and for those of a pair."""
+    least = max(backend.num_special_tokens_to_add(False) + 1, backend.num_special_tokens_to_add(True))
+    count("max_seq_length", "tokens", value, least, max_position_embeddings)
+
+
+def _lower_case(backend: "tokenizers.Tokenizer") -> None:
+    from tokenizers.normalizers import BertNormalizer, Lowercase, Sequence
+
+    normalizer = backend.normalizer
+    if not (isinstance(normalizer, BertNormalizer) and normalizer.lowercase):
+        backend.normalizer = Sequence([Lowercase(), *([normalizer] if normalizer is not None else [])])
+
+
+# ---- running it ----
+
+
+def _run(
+    backend: "tokenizers.Tokenizer", texts: Sequence[str], pairs: Sequence[str] | None, parallel: bool
+) -> "list[tokenizers.Encoding]":
+    try:
+        return _run_unicode(backend, texts, pairs, parallel)
+    except TypeError:  # half a surrogate pair somewhere: such a str has no UTF-8
+        return _run_unicode(backend, list(map(_repair, texts)), pairs and list(map(_repair, pairs)), parallel)
+
+
+def _run_unicode(
+    backend: "tokenizers.Tokenizer", texts: Sequence[str], pairs: Sequence[str] | None, parallel: bool
+) -> "list[tokenizers.Encoding]":
+    if parallel:
+        return backend.encode_batch_fast(texts if pairs is None else list(zip(texts, pairs, strict=True)))
+    if pairs is None:
+        return [backend.encode(text) for text in texts]
+    return [backend.encode(text, pair) for text, pair in zip(texts, pairs, strict=True)]
+
+
+def _repair(text: str) -> str:
+    """Two halves of a surrogate pair become their character, a lone half U+FFFD."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def _breaks(backend: "tokenizers.Tokenizer") -> str:
+    """Characters such that no token before one depends on what comes from it onwards: none if this is not BERT's way."""
+    from tokenizers.models import WordPiece
+    from tokenizers.normalizers import BertNormalizer
+    from tokenizers.pre_tokenizers import BertPreTokenizer
+
+    parts = (backend.normalizer, backend.pre_tokenizer, backend.model)
+    if not all(map(isinstance, parts, (BertNormalizer, BertPreTokenizer, WordPiece))):
+        return ""
+    added = [token.content for token in backend.get_added_tokens_decoder().values()]
+    added += map(backend.normalizer.normalize_str, added)
+    return "".join(character for character in _BREAKS if not any(character in content for content in added))
