@@ -9,7 +9,9 @@ tokens in each length, and a ragged mixture that PyTorch has to pad; token types
 
 An error is max or rms of |float32 - float64| over all elements; a ratio is fastbert's by PyTorch's in its default
 attention, "sdpa" ("eager" is shown beside it). Float64 is run without padding, with eager attention.
-The exit status is 1 if a ratio is above 1.5 or the rank correlations differ by more than 1e-4.
+The exit status is 1 if a ratio over all lengths (max or rms) or of one length (rms) is above 1.5, or if the rank
+correlations differ by more than 1e-4. The largest of some 1e5 errors is a matter of chance: in a single length, eager is
+up to 1.51 times as far off as sdpa, and the other way round; so a single length's max is shown, not judged.
 """
 
 import argparse
@@ -123,7 +125,7 @@ def miniatures(names: list[str]) -> tuple[dict[str, Any], str, bool]:
     shapes = [shape for shape in models.MINIATURES if not names or name_of(shape) in names]
     for shape in tqdm(shapes, desc="miniatures", unit="model"):
         found[name_of(shape)] = measure_miniature(shape)
-    rows, worst = [], 0.0
+    rows, judged = [], []
     for name, cases in found.items():
         for output in ("hidden", "pooler"):
             total = {
@@ -133,23 +135,15 @@ def miniatures(names: list[str]) -> tuple[dict[str, Any], str, bool]:
                 )
                 for engine in ("fastbert", "sdpa", "eager")
             }
-            ratios = {case: errors[output]["fastbert"].ratio(errors[output]["sdpa"]) for case, errors in cases.items()}
-            highest = max(ratios, key=lambda case: max(ratios[case]))
-            worst = max(worst, *ratios[highest])
             ratio, eager = total["fastbert"].ratio(total["sdpa"]), total["fastbert"].ratio(total["eager"])
-            rows.append(
-                [
-                    name,
-                    output,
-                    *(f"{total[engine].max:.2e} / {total[engine].rms:.2e}" for engine in total),
-                    f"{ratio.max:.2f} / {ratio.rms:.2f}",
-                    f"{eager.max:.2f} / {eager.rms:.2f}",
-                    f"{max(ratios[highest]):.2f} ({highest})",
-                ]
-            )
+            single = [errors[output]["fastbert"].ratio(errors[output]["sdpa"]) for errors in cases.values()]
+            highest = Error(max(r.max for r in single), max(r.rms for r in single))
+            judged += [*ratio, highest.rms]
+            errors = [f"{total[engine].max:.2e} / {total[engine].rms:.2e}" for engine in total]
+            rows.append([name, output, *errors, *(f"{r.max:.2f} / {r.rms:.2f}" for r in (ratio, eager, highest))])
     header = ["model", "output", "fastbert max / rms", "PyTorch sdpa", "PyTorch eager"]
-    header += ["ratio sdpa", "ratio eager", "highest ratio of one length"]
-    return {"miniatures": found}, markdown(header, rows), worst <= LIMIT
+    header += ["ratio to sdpa", "ratio to eager", "to sdpa, highest of a length"]
+    return {"miniatures": found}, markdown(header, rows), max(judged) <= LIMIT
 
 
 # ---- real weights, real sentences ----

@@ -23,8 +23,6 @@ void *fb_aligned_alloc(size_t bytes)
     if (posix_memalign(&memory, 64, bytes ? bytes : 64) != 0)
         memory = NULL;
 #endif
-    if (memory != NULL)
-        memset(memory, 0, bytes);
     return memory;
 }
 
@@ -96,9 +94,12 @@ typedef struct walk {
 
 static void *take(walk *w, size_t bytes)
 {
-    const size_t at = w->used;
-    w->used += (bytes + 63) / 64 * 64;
-    return w->block ? w->block + at : NULL;
+    const size_t at = w->used, end = at + bytes;
+    w->used = (end + 63) / 64 * 64;
+    if (w->block == NULL)
+        return NULL;
+    memset(w->block + end, 0, w->used - end);
+    return w->block + at;
 }
 
 static const fb_tensor *find(const walk *w, const char *name)

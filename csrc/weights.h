@@ -42,7 +42,7 @@ fb_status fb_weights_load(fb_weights *weights, const fb_config *config, ptrdiff_
                           const fb_tensor *tensors, size_t num_tensors, fb_error *err);
 void fb_weights_free(fb_weights *weights);
 
-/* 64-byte aligned memory that starts at 0; NULL when there is none. Freed by fb_aligned_free. */
+/* 64-byte aligned memory, its content undefined; NULL when there is none. Freed by fb_aligned_free. */
 void *fb_aligned_alloc(size_t bytes);
 void fb_aligned_free(void *memory);
 

@@ -13,6 +13,7 @@
  * by FB_KC stays in the L1 cache while the rows of A pass by; C holds the sum of the blocks so far. Rows are divided
  * evenly (13 = 7 + 6, not 12 + 1), strips too.
  */
+#include "unroll.h"
 
 typedef void fb_tile(ptrdiff_t k, const float *a, ptrdiff_t lda, const float *strip, ptrdiff_t strip_floats,
                      int first_block, ptrdiff_t last_columns, float *c, ptrdiff_t ldc);
@@ -24,35 +25,34 @@ static inline __attribute__((always_inline)) void fb_tile_any(const int mr, cons
                                                               ptrdiff_t ldc)
 {
     vf acc[FB_GEMM_MR][8];
-#pragma GCC unroll 16
+    FB_UNROLL
     for (int i = 0; i < mr; i++)
-#pragma GCC unroll 8
-        for (int j = 0; j < nv; j++)
-            acc[i][j] = v_set1(0.0f);
+        FB_UNROLL
+    for (int j = 0; j < nv; j++)
+        acc[i][j] = v_set1(0.0f);
     for (ptrdiff_t p = 0; p < k; p++) {
         vf w[8];
-#pragma GCC unroll 8
+        FB_UNROLL
         for (int j = 0; j < nv; j++)
             w[j] = v_load(strip + j * strip_floats + p * 16);
-#pragma GCC unroll 16
+        FB_UNROLL
         for (int i = 0; i < mr; i++) {
             const vf x = v_set1(a[i * lda + p]);
-#pragma GCC unroll 8
+            FB_UNROLL
             for (int j = 0; j < nv; j++)
                 acc[i][j] = v_fma(x, w[j], acc[i][j]);
         }
     }
-#pragma GCC unroll 16
+    FB_UNROLL
     for (int i = 0; i < mr; i++)
-#pragma GCC unroll 8
-        for (int j = 0; j < nv; j++) {
-            float *out = c + i * ldc + j * 16;
-            if (j == nv - 1 && last_columns < 16)
-                v_store_n(out, first_block ? acc[i][j] : v_add(v_load_n(out, last_columns, 0.0f), acc[i][j]),
-                          last_columns);
-            else
-                v_store(out, first_block ? acc[i][j] : v_add(v_load(out), acc[i][j]));
-        }
+        FB_UNROLL
+    for (int j = 0; j < nv; j++) {
+        float *out = c + i * ldc + j * 16;
+        if (j == nv - 1 && last_columns < 16)
+            v_store_n(out, first_block ? acc[i][j] : v_add(v_load_n(out, last_columns, 0.0f), acc[i][j]), last_columns);
+        else
+            v_store(out, first_block ? acc[i][j] : v_add(v_load(out), acc[i][j]));
+    }
 }
 
 #define FB_TILE(mr, nv)                                                                                                \

@@ -2,6 +2,8 @@
 #include <immintrin.h>
 #include <stdint.h>
 
+#include "unroll.h"
+
 typedef struct {
     __m256 lo, hi;
 } vf;
@@ -85,34 +87,41 @@ static inline float v_largest(vf a)
 static inline void v_transpose8(__m256 r[8])
 {
     __m256 t[8];
+    FB_UNROLL
     for (int i = 0; i < 8; i += 2) {
         t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
         t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
     }
+    FB_UNROLL
     for (int i = 0; i < 8; i += 4) {
         r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
         r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
         r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
         r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
     }
+    FB_UNROLL
     for (int i = 0; i < 4; i++) {
         t[i] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x20);
         t[i + 4] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x31);
     }
+    FB_UNROLL
     for (int i = 0; i < 8; i++)
         r[i] = t[i];
 }
 static inline void v_transpose(vf r[16])
 {
     __m256 q[4][8]; /* quarters: top left, top right, bottom left, bottom right */
+    FB_UNROLL
     for (int i = 0; i < 8; i++) {
         q[0][i] = r[i].lo;
         q[1][i] = r[i].hi;
         q[2][i] = r[i + 8].lo;
         q[3][i] = r[i + 8].hi;
     }
+    FB_UNROLL
     for (int i = 0; i < 4; i++)
         v_transpose8(q[i]);
+    FB_UNROLL
     for (int i = 0; i < 8; i++) {
         r[i] = FB_BOTH(q[0][i], q[2][i]);
         r[i + 8] = FB_BOTH(q[1][i], q[3][i]);
