@@ -70,7 +70,11 @@ def fastbert(shape: dict[str, Any], model: Model, batch: Batch, threads: int, ca
 # ---- ONNX Runtime: exported once, fused by its own optimizer, padded in several ways ----
 
 
-def export_onnx(shape: dict[str, Any], model: Model, path: Path, mask: bool) -> None:
+INPUTS = ["input_ids", "token_type_ids", "attention_mask"]
+MASK_INPUT = {"EmbedLayerNormalization": 7, "Attention": 3, "MultiHeadAttention": 4}  # operator -> position, the last
+
+
+def export_onnx(shape: dict[str, Any], model: Model, path: Path) -> None:
     import torch
     from transformers import BertConfig, BertModel
 
@@ -80,40 +84,48 @@ def export_onnx(shape: dict[str, Any], model: Model, path: Path, mask: bool) -> 
     bert.load_state_dict(weights)
 
     class LastHiddenState(torch.nn.Module):
-        def forward(self, input_ids: Any, token_type_ids: Any, attention_mask: Any = None) -> Any:
-            return bert(input_ids, attention_mask, token_type_ids).last_hidden_state
+        def __init__(self) -> None:
+            super().__init__()
+            self.bert = bert
 
-    names = ["input_ids", "token_type_ids", *(["attention_mask"] if mask else [])]
-    example = torch.ones((2, 8), dtype=torch.int64)
+        def forward(self, input_ids: Any, token_type_ids: Any, attention_mask: Any) -> Any:
+            return self.bert(input_ids, attention_mask, token_type_ids).last_hidden_state
+
     torch.onnx.export(
         LastHiddenState(),
-        (example,) * len(names),
+        (torch.ones((2, 8), dtype=torch.int64),) * len(INPUTS),
         str(path),
-        input_names=names,
+        input_names=INPUTS,
         output_names=["last_hidden_state"],
-        dynamic_axes={name: {0: "batch", 1: "seq"} for name in (*names, "last_hidden_state")},
-        dynamo=False,
+        dynamic_axes={name: {0: "batch", 1: "seq"} for name in [*INPUTS, "last_hidden_state"]},
+        dynamo=False,  # the form that ORT's fusions know
     )
 
 
-def fuse_onnx(path: Path, fused: Path, config: dict[str, Any], multi_head: bool) -> None:
-    """ORT's transformer optimizer. Either attention operator may be the faster one; a graph without it is an error."""
+def fuse_onnx(path: Path, fused: Path, config: dict[str, Any], attention: str, masked: bool) -> None:
+    """ORT's transformer optimizer, with the attention operator named; a graph that is not fully fused is an error.
+    Without the mask the operators take shorter ways, for batches that need no padding."""
     from onnxruntime.transformers.fusion_options import FusionOptions
     from onnxruntime.transformers.optimizer import optimize_model
 
     options = FusionOptions("bert")
-    options.use_multi_head_attention = multi_head
+    options.use_multi_head_attention = attention == "MultiHeadAttention"
     sizes = {"num_heads": config["num_attention_heads"], "hidden_size": config["hidden_size"]}
     optimized = optimize_model(str(path), "bert", optimization_options=options, opt_level=0, **sizes)
-    counts, layers = optimized.get_fused_operator_statistics(), config["num_hidden_layers"]
+    layers = config["num_hidden_layers"]
     expected = {
         "EmbedLayerNormalization": 1,
-        "MultiHeadAttention" if multi_head else "Attention": layers,
+        attention: layers,
         "BiasGelu": layers,
         "SkipLayerNormalization": 2 * layers,
     }
+    counts = optimized.get_fused_operator_statistics()
     if found := {name: counts[name] for name, n in expected.items() if counts[name] != n}:
         raise RuntimeError(f"ONNX Runtime's optimizer: expected {expected}, got {found}")
+    if not masked:
+        for node in optimized.nodes():
+            if node.op_type in MASK_INPUT:
+                del node.input[MASK_INPUT[node.op_type] :]
     optimized.save_model_to_file(str(fused))
 
 
@@ -131,26 +143,24 @@ def onnxruntime(shape: dict[str, Any], model: Model, batch: Batch, threads: int,
         "batches of equal lengths": np.split(order, np.flatnonzero(np.diff(lengths[order])) + 1),
         "one by one": groups_of(order, 1),
     }
-    graphs = [  # (name, attention mask, MultiHeadAttention rather than Attention, ways to batch)
-        ("Attention", True, False, padded),
-        ("MultiHeadAttention", True, True, padded),
-        ("Attention, no mask", False, False, equal),
-        ("MultiHeadAttention, no mask", False, True, equal),
+    graphs = [
+        (attention, masked, ways)
+        for attention in ("Attention", "MultiHeadAttention")
+        for masked, ways in ((True, padded), (False, equal))
     ]
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    stem = f"L{shape['num_hidden_layers']}_H{shape['hidden_size']}"
+    exported = cache / f"L{shape['num_hidden_layers']}_H{shape['hidden_size']}.onnx"
+    if not exported.exists():
+        export_onnx(shape, model, exported)
     variants = []
-    for name, mask, multi_head, ways in graphs:
-        exported = cache / f"{stem}_{'mask' if mask else 'free'}.onnx"
-        fused = exported.with_stem(f"{exported.stem}_{'mha' if multi_head else 'attention'}")
-        if not exported.exists():
-            export_onnx(shape, model, exported, mask)
+    for attention, masked, ways in graphs:
+        fused = exported.with_stem(f"{exported.stem}_{attention}{'' if masked else '_unmasked'}")
         if not fused.exists():
-            fuse_onnx(exported, fused, model.config, multi_head)
+            fuse_onnx(exported, fused, model.config, attention, masked)
         session = ort.InferenceSession(str(fused), options, providers=["CPUExecutionProvider"])
         for way, groups in ways.items():
-            feeds = [feed(batch, group, session) for group in groups]
+            feeds = [padded_inputs(batch, group) for group in groups]
 
             def run(session: Any = session, feeds: list[Any] = feeds) -> list[NDArray[np.float32]]:
                 return [session.run(None, inputs)[0] for inputs in feeds]
@@ -163,20 +173,19 @@ def onnxruntime(shape: dict[str, Any], model: Model, batch: Batch, threads: int,
                 }
                 return np.concatenate([by_text[i] for i in range(len(lengths))])
 
-            variants.append(Variant(f"{name}, {way}", run, rows))
+            variants.append(Variant(f"{attention}, {way}", run, rows))
     return variants
 
 
-def feed(batch: Batch, group: NDArray[np.int64], session: Any) -> dict[str, NDArray[Any]]:
-    """The inputs that the graph has, padded to the longest text of the group."""
+def padded_inputs(batch: Batch, group: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
+    """The texts of a group, padded to its longest."""
     spans = [(batch.offsets[i], batch.offsets[i + 1]) for i in group]
-    shape = len(spans), max(b - a for a, b in spans)
-    arrays = {name: np.zeros(shape, np.int64) for name in ("input_ids", "token_type_ids", "attention_mask")}
+    inputs = {name: np.zeros((len(spans), max(b - a for a, b in spans)), np.int64) for name in INPUTS}
     for row, (a, b) in enumerate(spans):
-        arrays["input_ids"][row, : b - a] = batch.ids[a:b]
-        arrays["token_type_ids"][row, : b - a] = batch.type_ids[a:b]
-        arrays["attention_mask"][row, : b - a] = 1
-    return {x.name: arrays[x.name].astype(np.int32 if "int32" in x.type else np.int64) for x in session.get_inputs()}
+        inputs["input_ids"][row, : b - a] = batch.ids[a:b]
+        inputs["token_type_ids"][row, : b - a] = batch.type_ids[a:b]
+        inputs["attention_mask"][row, : b - a] = 1
+    return inputs
 
 
 Engine = Callable[[dict[str, Any], Model, Batch, int, Path], list[Variant]]

@@ -1,4 +1,4 @@
-"""The thread pool of threads.h: every rank once, barriers that order memory, callers that do not wait for each other."""
+"""The thread pool of threads.h: each rank once, barriers that order memory, callers that do not wait for each other."""
 
 from __future__ import annotations
 

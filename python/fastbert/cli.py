@@ -52,12 +52,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_SIGPIPE
     except KeyboardInterrupt:
         return EXIT_SIGINT
-    except (OSError, ValueError) as error:
-        named = isinstance(error, OSError) and error.filename is not None and error.strerror
-        text = f"{error.filename}: {error.strerror}" if named else str(error)
-        print("fastbert: error:", " ".join(text.split()), file=sys.stderr)
-        return EXIT_USAGE
+    except OSError as error:
+        return _complain(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
+    except ValueError as error:
+        return _complain(str(error))
     return 0
+
+
+def _complain(text: str) -> int:
+    print("fastbert: error:", " ".join(text.split()), file=sys.stderr)
+    return EXIT_USAGE
 
 
 # ---- the model ----
@@ -155,11 +159,12 @@ def _open_output(path: str | None) -> Iterator[BinaryIO]:
     if path is None:
         yield sys.stdout.buffer
         return
-    target = Path(path).resolve()
+    target = Path(path)
     if target.exists() and not target.is_file():  # a device or pipe is written to, not replaced
         with open(target, "wb") as file:
             yield file
         return
+    target = target.resolve()  # a link stays, the file that it leads to is replaced
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     file = open(partial, "xb")
     try:
@@ -175,6 +180,7 @@ def _write_jsonl(file: BinaryIO, rows: Rows, dim: int) -> None:
     for text, vector in rows:
         line = json.dumps({"text": text, "embedding": vector.tolist()}, ensure_ascii=False)
         file.write(f"{line}\n".encode())
+        file.flush()  # someone may be waiting for it
 
 
 def _write_csv(file: BinaryIO, rows: Rows, dim: int) -> None:
@@ -182,6 +188,7 @@ def _write_csv(file: BinaryIO, rows: Rows, dim: int) -> None:
     table.writerow(["text", *range(dim)])
     for text, vector in rows:
         table.writerow([text, *vector.tolist()])
+        file.flush()
 
 
 def _write_npy(file: BinaryIO, rows: Rows, dim: int) -> None:
@@ -234,8 +241,8 @@ def _table(report: dict[str, Any], indent: str = "") -> Iterator[str]:
         elif name.endswith("_bytes"):
             yield f"{indent}{name.removesuffix('_bytes'):24} {value / 1e6:.1f} MB"
         else:
-            text = ", ".join(map(str, value)) if isinstance(value, list) else value
-            yield f"{indent}{name:24} {text}"
+            text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            yield f"{indent}{name:24} {text or '-'}"
 
 
 COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], None]]] = {

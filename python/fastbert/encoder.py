@@ -73,7 +73,7 @@ class _Plan(NamedTuple):
     dim: int
     rescale: bool  # to unit length, beyond what the model itself does
     on_long: str
-    count: bool  # the tokens that a cut text had
+    count_cut: bool  # the tokens that cut texts had
 
 
 class _Step(NamedTuple):
@@ -150,7 +150,7 @@ class Encoder:
     ) -> None:
         self.precision = _one_of("precision", precision, ("fp32",))
         self.threads = None if threads is None else _count("threads", threads)
-        self._hub = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        self._hub: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
         self.folder = hub.resolve(model, **self._hub, token=token)
         """Where the files were read from."""
         is_folder = model is not None and Path(model).expanduser().is_dir()
@@ -272,19 +272,19 @@ class Encoder:
         size = BATCHES_PER_STEP * _count("batch_size", batch_size)
         texts, single = check_texts(inputs)
         result: Any = [] if plan.tokens else np.empty((len(texts), plan.dim), np.float32)
-        info = EncodeInfo(np.empty(len(texts), np.int64), np.empty(len(texts), np.bool_))
+        counts, truncated = np.empty(len(texts), np.int64), np.empty(len(texts), np.bool_)
         done = 0
         with _progress_bar(len(texts), show_progress_bar) as progress:
             for step in self._steps(texts, size, plan):
                 part = slice(done, done + len(step.rows))
-                result[part], info.token_counts[part], info.truncated[part] = step
+                result[part], counts[part], truncated[part] = step
                 progress(len(step.rows))
                 done = part.stop
         if not convert_to_numpy:
             result = list(result)
         if single:
-            result, info = result[0], EncodeInfo(int(info.token_counts[0]), bool(info.truncated[0]))
-        return (result, info) if return_info else result
+            return (result[0], EncodeInfo(int(counts[0]), bool(truncated[0]))) if return_info else result[0]
+        return (result, EncodeInfo(counts, truncated)) if return_info else result
 
     def encode_query(
         self,
@@ -369,7 +369,7 @@ class Encoder:
             dim,
             rescale=unit and (dim < full or not self.normalize),
             on_long=on_long,
-            count=return_info or on_long != "truncate",
+            count_cut=return_info or on_long != "truncate",
         )
 
     def _steps(self, texts: Iterable[str], size: int, plan: _Plan) -> Iterator[_Step]:
@@ -379,7 +379,7 @@ class Encoder:
         while part := [plan.prompt + text for text in islice(texts, size)]:
             batch = plan.tokenizer.encode_batch(part)
             counts, cut = np.diff(batch.offsets), np.flatnonzero(batch.truncated)
-            if plan.count and cut.size:
+            if plan.count_cut and cut.size:
                 counts[cut] = plan.tokenizer.count_tokens([part[i] for i in cut])
             if cut.size and not silent:
                 message = (

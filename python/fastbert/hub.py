@@ -5,6 +5,7 @@ and HF_TOKEN mean what they mean there.
 """
 
 import os
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path, PureWindowsPath
 
@@ -120,25 +121,33 @@ def _download(
     local_files_only: bool,
     token: str | bool | None,
 ) -> Path:
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     options = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only, "token": token}
     try:
         folder = Path(snapshot_download(model, allow_patterns=FILES, **options))
-        if _has_weights(folder):
-            return folder
-        there = [] if local_files_only else HfApi(token=token).list_repo_files(model, revision=revision)
     except HFValidationError:
         raise
-    except Exception as error:  # of the hub's answer or of the network, in many classes
+    except Exception as error:  # of the hub's answer or of the network, in many classes and often on many lines
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
-        raise kind(f"{model}: no folder of this name, and not to be had from the hub: {_one_line(error)}") from error
+        text = " ".join(str(error).split())
+        raise kind(f"{model}: no folder of this name, and not to be had from the hub: {text}") from error
+    if _has_weights(folder):
+        return folder
+    there = [] if local_files_only else _files_on_hub(model, revision, token)
     raise FileNotFoundError(
-        f"{model}: expected model.safetensors in this repository of the hub, the only weights read at present; "
-        f"found {', '.join(sorted(there)) or f'no weights in {folder}'}"
+        f"{model}: expected model.safetensors on the hub, the only weights read at present; "
+        f"found {', '.join(there) or f'none in {folder}'}"
     )
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _files_on_hub(model: str, revision: str | None, token: str | bool | None) -> list[str]:
+    """For an error message: the files of the repository outside its folders; empty where the hub does not say."""
+    from huggingface_hub import HfApi
+
+    with suppress(Exception):
+        return sorted(
+            file for file in HfApi().list_repo_files(model, revision=revision, token=token) if "/" not in file
+        )
+    return []

@@ -28,8 +28,8 @@ MAX_TOKENIZER_BYTES = 256 << 20  # multilingual vocabularies of 250,000 pieces t
 # Characters kept of a very long text per token that is wanted. English has about 4; see Tokenizer._head.
 _CHARACTERS_PER_TOKEN = 16
 
-# Characters that BERT's pre-tokenizer parts from what stands before them, enough to find one in most long texts. Not "_",
-# which counts as a letter where added tokens are sought.
+# Characters that BERT's pre-tokenizer parts from what stands before them, enough to find one in most long texts. Not
+# "_", which counts as a letter where added tokens are sought.
 _BREAKS = " \t\n\r" + string.punctuation.replace("_", "") + "\u3001\u3002\uff01\uff0c\uff1a\uff1b\uff1f"
 
 # Classes of tokenizer_config.json under which transformers takes tokenizer.json as it is. All others that come with a
@@ -61,7 +61,6 @@ class Tokenizer:
     """
 
     def __init__(self, backend: "tokenizers.Tokenizer", max_seq_length: int, max_position_embeddings: int) -> None:
-        backend.no_padding()
         backend.enable_truncation(max_seq_length)
         self.max_seq_length = max_seq_length
         self._backend = backend
@@ -258,8 +257,12 @@ def _from_json(
     data = read_file(path, MAX_TOKENIZER_BYTES)
     try:
         backend = Tokenizer.from_buffer(data)
-    except Exception as error:  # the package raises bare Exception
-        raise ValueError(f"{path}: expected a tokenizer: {error}") from None
+    except BaseException as error:  # the package raises bare Exception, or PanicException, which is none
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise ValueError(f"{path}: expected a tokenizer: {error}") from None
+        raise
+    backend.no_padding()
+    backend.no_truncation()
     if not as_is and isinstance(backend.normalizer, BertNormalizer):
         backend.normalizer = normalizer
     if not as_is and backend.post_processor is None:
@@ -355,7 +358,7 @@ def _repair(text: str) -> str:
 
 
 def _breaks(backend: "tokenizers.Tokenizer") -> str:
-    """Characters such that no token before one depends on what comes from it onwards: none if this is not BERT's way."""
+    """Characters such that no token before one depends on what comes from it onwards; none if this is not BERT's."""
     from tokenizers.models import WordPiece
     from tokenizers.normalizers import BertNormalizer
     from tokenizers.pre_tokenizers import BertPreTokenizer
@@ -364,5 +367,5 @@ def _breaks(backend: "tokenizers.Tokenizer") -> str:
     if not all(map(isinstance, parts, (BertNormalizer, BertPreTokenizer, WordPiece))):
         return ""
     added = [token.content for token in backend.get_added_tokens_decoder().values()]
-    added += map(backend.normalizer.normalize_str, added)
+    added += [backend.normalizer.normalize_str(content) for content in added]
     return "".join(character for character in _BREAKS if not any(character in content for content in added))

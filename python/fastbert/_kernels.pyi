@@ -1,0 +1,41 @@
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+KC: Final[int]
+STRIP: Final[int]
+ACTS: Final[dict[str, int]]
+
+class KernelSet:
+    def __init__(self, isa: str | None = None) -> None: ...
+    @property
+    def isa(self) -> str: ...
+    @property
+    def gemm_f32_name(self) -> str: ...
+    def packed_bytes(self, n: int, k: int) -> int: ...
+    def pack(self, w: NDArray[np.float32], packed: NDArray[np.uint8], repeat: int = 1) -> None: ...
+    def gemm_f32(
+        self,
+        a: NDArray[np.float32],
+        packed: NDArray[np.uint8],
+        out: NDArray[np.float32],
+        bias: NDArray[np.float32] | None = None,
+        act: str = "none",
+        residual: NDArray[np.float32] | None = None,
+        repeat: int = 1,
+    ) -> None: ...
+    def softmax_f32(self, x: NDArray[np.float32], scale: float, repeat: int = 1) -> None: ...
+    def layernorm_f32(
+        self,
+        x: NDArray[np.float32],
+        gamma: NDArray[np.float32],
+        beta: NDArray[np.float32],
+        eps: float,
+        out: NDArray[np.float32],
+        repeat: int = 1,
+    ) -> None: ...
+
+def kernel_sets() -> list[tuple[str, bool]]: ...
+def team_drill(log: NDArray[np.int32], rounds: int = 0, nested: int = 0) -> None: ...
+def split(rank: int, size: int, count: int, step: int) -> tuple[int, int]: ...
