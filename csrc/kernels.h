@@ -19,7 +19,7 @@
 /* gemm_f32 sums each output over blocks of FB_KC products, one ascending fma chain a block, and adds the blocks in
  * ascending order. The blocks keep the packed panel in the L1 cache, and make the rounding error of k = 3072 about
  * sqrt(k / FB_KC) times smaller than one chain over all of k would. */
-enum { FB_KC = 256 };
+enum { FB_KC = 128 };
 
 /* Columns per packed strip in every layout: one 512-bit vector, or two of 256, or four of 128 bits. */
 enum { FB_STRIP = 16 };

@@ -123,6 +123,16 @@ def test_a_text_has_the_same_ids_in_any_batch_and_cut_early(
         np.testing.assert_array_equal(getattr(cut, name), getattr(parallel, name))
 
 
+@pytest.mark.parametrize("start", range(52, 68))
+def test_few_tokens_where_a_long_text_is_cut(folder: Path, start: int) -> None:
+    """At this limit the first 64 characters are looked at; the words stand across that place."""
+    tokenizer = load(folder, max_seq_length=4)
+    for parallel in (False, True):
+        batch = tokenizer.encode_batch([" " * start + "a number", " " * start + "a number the"], parallel=parallel)
+        assert rows(batch) == [[CLS, IDS["a"], IDS["number"], SEP]] * 2
+        assert batch.truncated.tolist() == [False, True]
+
+
 # ---- hostile texts ----
 
 

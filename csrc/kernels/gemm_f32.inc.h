@@ -15,15 +15,40 @@
  */
 #include "unroll.h"
 
-typedef void fb_tile(ptrdiff_t k, const float *a, ptrdiff_t lda, const float *strip, ptrdiff_t strip_floats,
-                     int first_block, ptrdiff_t last_columns, float *c, ptrdiff_t ldc);
+/* One tile of C and what goes into it. */
+typedef struct fb_tile_args {
+    ptrdiff_t k;    /* steps of this block */
+    const float *a; /* [mr][k], rows lda apart */
+    ptrdiff_t lda;
+    const float *strip;           /* first step of the first strip */
+    ptrdiff_t strip_floats;       /* from one strip to the next */
+    int first_block;              /* C is written; else added to */
+    const float *bias, *residual; /* added when not NULL: with the last block */
+    ptrdiff_t ldr;
+    ptrdiff_t last_columns; /* of the last strip: 1 .. 16 */
+    float *c;
+    ptrdiff_t ldc;
+} fb_tile_args;
+
+typedef void fb_tile(const fb_tile_args *t);
+
+static inline vf load_columns(const float *p, ptrdiff_t columns)
+{
+    return columns == 16 ? v_load(p) : v_load_n(p, columns, 0.0f);
+}
+static inline void store_columns(float *p, vf x, ptrdiff_t columns)
+{
+    if (columns == 16)
+        v_store(p, x);
+    else
+        v_store_n(p, x, columns);
+}
 
 /* mr rows by nv strips over one block of k. mr and nv are constants at each call, so acc stays in registers. */
-static inline __attribute__((always_inline)) void fb_tile_any(const int mr, const int nv, ptrdiff_t k, const float *a,
-                                                              ptrdiff_t lda, const float *strip, ptrdiff_t strip_floats,
-                                                              int first_block, ptrdiff_t last_columns, float *c,
-                                                              ptrdiff_t ldc)
+static inline __attribute__((always_inline)) void fb_tile_any(const int mr, const int nv, const fb_tile_args *t)
 {
+    const ptrdiff_t k = t->k, lda = t->lda, strip_floats = t->strip_floats;
+    const float *a = t->a, *strip = t->strip;
     vf acc[FB_GEMM_MR][8];
     FB_UNROLL
     for (int i = 0; i < mr; i++)
@@ -47,21 +72,21 @@ static inline __attribute__((always_inline)) void fb_tile_any(const int mr, cons
     for (int i = 0; i < mr; i++)
         FB_UNROLL
     for (int j = 0; j < nv; j++) {
-        float *out = c + i * ldc + j * 16;
-        if (j == nv - 1 && last_columns < 16)
-            v_store_n(out, first_block ? acc[i][j] : v_add(v_load_n(out, last_columns, 0.0f), acc[i][j]), last_columns);
-        else
-            v_store(out, first_block ? acc[i][j] : v_add(v_load(out), acc[i][j]));
+        const ptrdiff_t columns = j == nv - 1 ? t->last_columns : 16;
+        float *c = t->c + i * t->ldc + j * 16;
+        vf x = acc[i][j];
+        if (!t->first_block)
+            x = v_add(load_columns(c, columns), x);
+        if (t->bias)
+            x = v_add(x, load_columns(t->bias + j * 16, columns));
+        if (t->residual)
+            x = v_add(load_columns(t->residual + i * t->ldr + j * 16, columns), x);
+        store_columns(c, x, columns);
     }
 }
 
 #define FB_TILE(mr, nv)                                                                                                \
-    static void tile_##mr##x##nv(ptrdiff_t k, const float *a, ptrdiff_t lda, const float *strip,                       \
-                                 ptrdiff_t strip_floats, int first_block, ptrdiff_t last_columns, float *c,            \
-                                 ptrdiff_t ldc)                                                                        \
-    {                                                                                                                  \
-        fb_tile_any(mr, nv, k, a, lda, strip, strip_floats, first_block, last_columns, c, ldc);                        \
-    }
+    static void tile_##mr##x##nv(const fb_tile_args *t) { fb_tile_any(mr, nv, t); }
 FB_GEMM_TILES(FB_TILE)
 #undef FB_TILE
 
@@ -69,27 +94,18 @@ FB_GEMM_TILES(FB_TILE)
 static fb_tile *const tiles[FB_GEMM_MR + 1][8 + 1] = {FB_GEMM_TILES(FB_TILE)};
 #undef FB_TILE
 
-/* C = residual + act(C + bias) for the tile at (row, column), while it is in the L1 cache. */
-static void epilogue_f32(ptrdiff_t m, ptrdiff_t n, ptrdiff_t row, ptrdiff_t column, const fb_epilogue *epilogue,
-                         float *c, ptrdiff_t ldc)
+/* C = residual + act(C) for a finished tile of m rows and n columns, while it is in the L1 cache. */
+static void activate(fb_act act, ptrdiff_t m, ptrdiff_t n, const float *residual, ptrdiff_t ldr, float *c,
+                     ptrdiff_t ldc)
 {
-    for (ptrdiff_t i = row; i < row + m; i++, c += ldc) {
-        const float *residual = epilogue->residual ? epilogue->residual + i * epilogue->ldr + column : NULL;
-        const float *bias = epilogue->bias ? epilogue->bias + column : NULL;
+    for (ptrdiff_t i = 0; i < m; i++)
         for (ptrdiff_t j = 0; j < n; j += 16) {
-            const ptrdiff_t width = n - j < 16 ? n - j : 16;
-            vf x = width == 16 ? v_load(c + j) : v_load_n(c + j, width, 0.0f);
-            if (bias)
-                x = v_add(x, width == 16 ? v_load(bias + j) : v_load_n(bias + j, width, 0.0f));
-            x = v_act(epilogue->act, x);
+            const ptrdiff_t columns = n - j < 16 ? n - j : 16;
+            vf x = v_act(act, load_columns(c + i * ldc + j, columns));
             if (residual)
-                x = v_add(width == 16 ? v_load(residual + j) : v_load_n(residual + j, width, 0.0f), x);
-            if (width == 16)
-                v_store(c + j, x);
-            else
-                v_store_n(c + j, x, width);
+                x = v_add(load_columns(residual + i * ldr + j, columns), x);
+            store_columns(c + i * ldc + j, x, columns);
         }
-    }
 }
 
 /* Asks for one part of the next panel while this one is worked on: the hardware's own prefetch stops at every 4 KB. */
@@ -138,28 +154,41 @@ static void FB_ISA_NAME(gemm_f32)(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const f
 {
     if (m <= 0 || n <= 0)
         return;
-    const int fused = epilogue->bias || epilogue->residual || epilogue->act != FB_ACT_NONE;
+    const int acts = epilogue->act != FB_ACT_NONE;
     const ptrdiff_t row_groups = (m + FB_GEMM_MR - 1) / FB_GEMM_MR;
     const ptrdiff_t strips = (n + 15) / 16, wide = fb_gemm_strips[(m + row_groups - 1) / row_groups];
     const ptrdiff_t strip_groups = (strips + wide - 1) / wide;
     for (ptrdiff_t g = 0; g < strip_groups; g++) {
         const ptrdiff_t s = strips * g / strip_groups, s_end = strips * (g + 1) / strip_groups, nv = s_end - s;
-        const ptrdiff_t columns = s_end * 16 <= n ? nv * 16 : n - s * 16;
-        const float *strip = (const float *)packed + s * 16 * k;
+        const ptrdiff_t column = s * 16, columns = s_end * 16 <= n ? nv * 16 : n - column;
+        const float *strip = (const float *)packed + column * k;
         ptrdiff_t p = 0, block;
         do {
             block = k - p < FB_KC ? k - p : FB_KC;
             const int last = p + block == k;
             const float *next = last ? (const float *)packed + s_end * 16 * k : strip + (p + block) * 16;
+            const float *bias = last && epilogue->bias ? epilogue->bias + column : NULL;
             for (ptrdiff_t h = 0; h < row_groups; h++) {
                 const ptrdiff_t i = m * h / row_groups, mr = m * (h + 1) / row_groups - i;
-                float *tile = c + i * ldc + s * 16;
+                const float *residual =
+                    last && epilogue->residual ? epilogue->residual + i * epilogue->ldr + column : NULL;
+                const fb_tile_args t = {.k = block,
+                                        .a = a + i * lda + p,
+                                        .lda = lda,
+                                        .strip = strip + p * 16,
+                                        .strip_floats = k * 16,
+                                        .first_block = p == 0,
+                                        .bias = bias,
+                                        .residual = acts ? NULL : residual,
+                                        .ldr = epilogue->ldr,
+                                        .last_columns = columns - (nv - 1) * 16,
+                                        .c = c + i * ldc + column,
+                                        .ldc = ldc};
                 if (row_groups > 1 && !(last && s_end == strips))
                     prefetch_panel(next, block, nv, k * 16, h, row_groups);
-                tiles[mr][nv](block, a + i * lda + p, lda, strip + p * 16, k * 16, p == 0, columns - (nv - 1) * 16,
-                              tile, ldc);
-                if (last && fused)
-                    epilogue_f32(mr, columns, i, s * 16, epilogue, tile, ldc);
+                tiles[mr][nv](&t);
+                if (last && acts)
+                    activate(epilogue->act, mr, columns, residual, epilogue->ldr, t.c, ldc);
             }
             p += block;
         } while (p < k);

@@ -37,8 +37,12 @@ static inline vf v_tanh(vf x)
     return v_ifgt(v_set1(0.625f), a, small, v_copysign(large, x));
 }
 
-/* x / (1 + e^-z). */
-static inline vf v_sigmoid_times(vf x, vf z) { return v_div(x, v_add(v_set1(1.0f), v_exp(v_sub(v_set1(0.0f), z)))); }
+/* x / (1 + e^-z); 0 with the sign of x where e^z leaves the range of float32. */
+static inline vf v_sigmoid_times(vf x, vf z)
+{
+    const vf e = v_exp(v_sub(v_set1(0.0f), z));
+    return v_ifgt(z, v_set1(-87.0f), v_div(x, v_add(v_set1(1.0f), e)), v_mul(x, v_set1(0.0f)));
+}
 
 /* x Phi(x). Phi(x) - 1/2 = erf(x / sqrt 2) / 2 = x P(2 x^2 / 5.5^2 - 1) for |x| < 5.5, P of degree 15, error < 1e-8;
  * beyond, the product is held at +-1/2, so the result is exactly x or -0. Phi(-5.5) = 1.9e-8. */

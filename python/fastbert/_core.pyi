@@ -1,4 +1,4 @@
-from collections.abc import Buffer, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ class Model:
     def __init__(
         self,
         config: Mapping[str, Any],
-        tensors: Mapping[str, tuple[Buffer, str, Sequence[int]]],
+        tensors: Mapping[str, tuple[Any, str, Sequence[int]]],
         isa: str | None = None,
     ) -> None: ...
     @property

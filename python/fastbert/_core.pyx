@@ -284,12 +284,12 @@ cdef class Model:
         pooler_array = np.empty((size, self.hidden_size), np.float32) if pooler else None
         vectors_array = np.empty((size, self.facts.vector_dim), np.float32) if vectors else None
         if size > 0:
-            batch.ids = &ids[0]
-            batch.type_ids = NULL if type_ids is None else &type_ids[0]
+            batch.ids = &ids[0] if tokens else NULL
+            batch.type_ids = NULL if type_ids is None or not tokens else &type_ids[0]
             batch.offsets = &offsets[0]
             batch.size = size
             out.hidden = out.pooler = out.vectors = NULL
-            if hidden:
+            if hidden and tokens:
                 view = hidden_array
                 out.hidden = &view[0, 0]
             if pooler:
