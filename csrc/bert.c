@@ -41,6 +41,9 @@ typedef struct workspace {
     float *qkv;      /* [tokens][ld_qkv] */
     float *context;  /* [tokens][ld_hidden] */
     float *up;       /* [tokens][ld_intermediate] */
+    uint8_t *q;      /* int8 models: [tokens][ld_q], the input of a linear layer, quantised; */
+    float *q_scale;  /* [tokens] */
+    int32_t *q_zero; /* [tokens] */
     float *rows[2];  /* [sequences][dim_max]: pooled vectors on their way through pooler or dense modules */
     char *attention; /* one attention scratch per member of the team */
 } workspace;
@@ -50,7 +53,7 @@ struct fb_model {
     fb_kernels kernels;
     fb_weights weights;
     ptrdiff_t pooled_dim, vector_dim, dim_max;
-    ptrdiff_t ld_hidden, ld_qkv, ld_intermediate;
+    ptrdiff_t ld_hidden, ld_qkv, ld_intermediate, ld_q; /* ld_q in bytes; 0 in float32 models */
     _Atomic(workspace *) rack[RACK];
 };
 
@@ -109,7 +112,7 @@ fb_status fb_load(const fb_config *config, const fb_tensor *tensors, size_t num_
         m->pooled_dim += config->pooling & mode ? config->hidden_size : 0;
     status = fb_select_kernels(isa, &m->kernels, err);
     if (status == FB_OK)
-        status = fb_weights_load(&m->weights, config, m->pooled_dim, m->kernels.gemm_f32, tensors, num_tensors, err);
+        status = fb_weights_load(&m->weights, config, m->pooled_dim, &m->kernels, tensors, num_tensors, err);
     if (status != FB_OK) {
         free(m);
         return status;
@@ -121,6 +124,10 @@ fb_status fb_load(const fb_config *config, const fb_tensor *tensors, size_t num_
     m->ld_hidden = leading(config->hidden_size);
     m->ld_qkv = leading(3 * config->hidden_size);
     m->ld_intermediate = leading(config->intermediate_size);
+    if (config->precision == FB_INT8)
+        m->ld_q =
+            fb_k8(config->intermediate_size > config->hidden_size ? config->intermediate_size : config->hidden_size) +
+            64;
     *model = m;
     return FB_OK;
 }
@@ -138,7 +145,7 @@ void fb_free(fb_model *model)
 void fb_get_info(const fb_model *model, fb_info *info)
 {
     info->isa = model->kernels.isa;
-    info->gemm_f32 = model->kernels.gemm_f32->name;
+    info->gemm = model->config.precision == FB_INT8 ? model->kernels.gemm_s8->name : model->kernels.gemm_f32->name;
     info->weights_bytes = model->weights.bytes;
     info->vector_dim = model->vector_dim;
     info->has_pooler = model->weights.pooler.packed != NULL;
@@ -170,6 +177,9 @@ static size_t lay_out(const fb_model *m, ptrdiff_t tokens, ptrdiff_t longest, in
         {offsetof(workspace, qkv), row * (size_t)m->ld_qkv},
         {offsetof(workspace, context), row * (size_t)m->ld_hidden},
         {offsetof(workspace, up), row * (size_t)m->ld_intermediate},
+        {offsetof(workspace, q), (size_t)(tokens * m->ld_q)},
+        {offsetof(workspace, q_scale), m->ld_q ? row : 0},
+        {offsetof(workspace, q_zero), m->ld_q ? row : 0},
         {offsetof(workspace, rows[0]), row * (size_t)m->dim_max},
         {offsetof(workspace, rows[1]), row * (size_t)m->dim_max},
         {offsetof(workspace, attention), attention_bytes(m, longest) * (size_t)team},
@@ -287,11 +297,25 @@ static void meet_if_columns(const micro_batch *b)
         fb_barrier(b->team);
 }
 
-/* out = residual + act(x W^T + bias), this member's share. */
-static void linear(const micro_batch *b, const fb_linear *layer, const float *x, ptrdiff_t ldx, fb_act act,
-                   const float *residual, ptrdiff_t ldr, float *out, ptrdiff_t ldo)
+/* Int8 models: this member's rows of x [tokens][k], mixed and quantised, into the workspace. `spare` holds the mixed rows;
+ * it may be x, which is then overwritten. */
+static void quantize(const micro_batch *b, const float *x, ptrdiff_t k, ptrdiff_t ldx, float *spare)
 {
-    const fb_gemm_f32 *gemm = b->model->kernels.gemm_f32;
+    const fb_kernels *kernels = &b->model->kernels;
+    const ptrdiff_t ldq = b->model->ld_q;
+    for (ptrdiff_t i = b->row; i < b->rows_end; i++) { /* one by one: the row stays in the L1 cache */
+        kernels->mix_f32(1, k, x + i * ldx, ldx, spare + i * ldx, ldx);
+        kernels->quantize_u8(1, k, spare + i * ldx, ldx, b->ws->q + i * ldq, ldq, b->ws->q_scale + i,
+                             b->ws->q_zero + i);
+    }
+    meet_if_columns(b);
+}
+
+/* out = residual + act(x W^T + bias), this member's share. spare: see quantize. */
+static void linear(const micro_batch *b, const fb_linear *layer, const float *x, ptrdiff_t ldx, float *spare,
+                   fb_act act, const float *residual, ptrdiff_t ldr, float *out, ptrdiff_t ldo)
+{
+    const fb_kernels *kernels = &b->model->kernels;
     ptrdiff_t row = 0, rows_end = b->tokens, column = 0, columns_end = layer->out;
     if (b->by_rows) {
         row = b->row;
@@ -299,11 +323,20 @@ static void linear(const micro_batch *b, const fb_linear *layer, const float *x,
     } else {
         fb_split(b->team, layer->out, FB_STRIP, &column, &columns_end);
     }
+    const ptrdiff_t m = rows_end - row, n = columns_end - column;
+    const char *packed = layer->packed;
     const fb_epilogue epilogue = {layer->bias ? layer->bias + column : NULL, act,
                                   residual ? residual + row * ldr + column : NULL, ldr};
-    gemm->run(rows_end - row, columns_end - column, layer->in, x + row * ldx, ldx,
-              (const char *)layer->packed + gemm->packed_bytes(column, layer->in), &epilogue, out + row * ldo + column,
-              ldo);
+    out += row * ldo + column;
+    if (layer->precision == FB_INT8) {
+        quantize(b, x, layer->in, ldx, spare);
+        kernels->gemm_s8->run(m, n, layer->in, b->ws->q + row * b->model->ld_q, b->model->ld_q, b->ws->q_scale + row,
+                              b->ws->q_zero + row, packed + kernels->gemm_s8->packed_bytes(column, layer->in),
+                              &epilogue, out, ldo);
+    } else {
+        kernels->gemm_f32->run(m, n, layer->in, x + row * ldx, ldx,
+                               packed + kernels->gemm_f32->packed_bytes(column, layer->in), &epilogue, out, ldo);
+    }
 }
 
 static void layernorm(const micro_batch *b, const fb_norm *norm, const float *x, float *y)
@@ -326,12 +359,16 @@ static void embed(const micro_batch *b)
         for (ptrdiff_t t = 0; t < b->order[s].length; t++, row++) {
             if (row < b->row || row >= b->rows_end)
                 continue;
-            const float *word = w->word + b->batch->ids[first + t] * hidden;
+            const ptrdiff_t id = b->batch->ids[first + t];
             const float *type = w->type + (b->batch->type_ids ? b->batch->type_ids[first + t] : 0) * hidden;
             const float *position = w->position + t * hidden;
             float *x = b->ws->y + row * m->ld_hidden;
-            for (ptrdiff_t j = 0; j < hidden; j++)
-                x[j] = (word[j] + type[j]) + position[j];
+            if (w->word != NULL)
+                for (ptrdiff_t j = 0; j < hidden; j++)
+                    x[j] = (w->word[id * hidden + j] + type[j]) + position[j];
+            else
+                for (ptrdiff_t j = 0; j < hidden; j++)
+                    x[j] = (w->word_scales[id] * (float)w->word_s8[id * hidden + j] + type[j]) + position[j];
         }
     }
     layernorm(b, &w->embeddings_norm, b->ws->y, b->ws->x);
@@ -375,17 +412,17 @@ static void layer(const micro_batch *b, const fb_layer *l)
     const fb_model *m = b->model;
     const workspace *ws = b->ws;
     const ptrdiff_t ldh = m->ld_hidden, ldi = m->ld_intermediate;
-    linear(b, &l->qkv, ws->x, ldh, FB_ACT_NONE, NULL, 0, ws->qkv, m->ld_qkv);
+    linear(b, &l->qkv, ws->x, ldh, ws->y, FB_ACT_NONE, NULL, 0, ws->qkv, m->ld_qkv);
     fb_barrier(b->team);
     attention(b);
     fb_barrier(b->team);
-    linear(b, &l->attention_output, ws->context, ldh, FB_ACT_NONE, ws->x, ldh, ws->y, ldh);
+    linear(b, &l->attention_output, ws->context, ldh, ws->context, FB_ACT_NONE, ws->x, ldh, ws->y, ldh);
     meet_if_columns(b);
     layernorm(b, &l->attention_norm, ws->y, ws->x);
     meet_if_columns(b);
-    linear(b, &l->intermediate, ws->x, ldh, m->config.hidden_act, NULL, 0, ws->up, ldi);
+    linear(b, &l->intermediate, ws->x, ldh, ws->y, m->config.hidden_act, NULL, 0, ws->up, ldi);
     meet_if_columns(b);
-    linear(b, &l->output, ws->up, ldi, FB_ACT_NONE, ws->x, ldh, ws->y, ldh);
+    linear(b, &l->output, ws->up, ldi, ws->up, FB_ACT_NONE, ws->x, ldh, ws->y, ldh);
     meet_if_columns(b);
     layernorm(b, &l->output_norm, ws->y, ws->x);
     meet_if_columns(b);

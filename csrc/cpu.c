@@ -24,9 +24,9 @@ static const struct {
     uint8_t zmm; /* needs the OS to save opmask and zmm registers */
     uint32_t feature;
 } table[] = {
-    {1, ECX, 12, 0, FB_CPU_FMA},      {1, ECX, 29, 0, FB_CPU_F16C},     {7, EBX, 5, 0, FB_CPU_AVX2},
-    {7, EBX, 16, 1, FB_CPU_AVX512F},  {7, EBX, 17, 1, FB_CPU_AVX512DQ}, {7, EBX, 30, 1, FB_CPU_AVX512BW},
-    {7, EBX, 31, 1, FB_CPU_AVX512VL},
+    {1, ECX, 12, 0, FB_CPU_FMA},      {1, ECX, 29, 0, FB_CPU_F16C},       {7, EBX, 5, 0, FB_CPU_AVX2},
+    {7, EBX, 16, 1, FB_CPU_AVX512F},  {7, EBX, 17, 1, FB_CPU_AVX512DQ},   {7, EBX, 30, 1, FB_CPU_AVX512BW},
+    {7, EBX, 31, 1, FB_CPU_AVX512VL}, {7, ECX, 11, 1, FB_CPU_AVX512VNNI},
 };
 
 uint32_t fb_cpu_features(void)

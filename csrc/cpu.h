@@ -11,7 +11,8 @@ enum {
     FB_CPU_AVX512F = 1 << 3,
     FB_CPU_AVX512BW = 1 << 4,
     FB_CPU_AVX512DQ = 1 << 5,
-    FB_CPU_AVX512VL = 1 << 6
+    FB_CPU_AVX512VL = 1 << 6,
+    FB_CPU_AVX512VNNI = 1 << 7
 };
 
 uint32_t fb_cpu_features(void);

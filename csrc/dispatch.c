@@ -38,12 +38,16 @@ static void inherit(fb_kernels *merged, const fb_kernels *row)
         merged->isa = row->isa;
         merged->needs = row->needs;
     }
-    if (merged->gemm_f32 == NULL)
-        merged->gemm_f32 = row->gemm_f32;
-    if (merged->softmax_f32 == NULL)
-        merged->softmax_f32 = row->softmax_f32;
-    if (merged->layernorm_f32 == NULL)
-        merged->layernorm_f32 = row->layernorm_f32;
+#define FB_INHERIT(slot)                                                                                               \
+    if (merged->slot == NULL)                                                                                          \
+        merged->slot = row->slot;
+    FB_INHERIT(gemm_f32)
+    FB_INHERIT(softmax_f32)
+    FB_INHERIT(layernorm_f32)
+    FB_INHERIT(mix_f32)
+    FB_INHERIT(quantize_u8)
+    FB_INHERIT(gemm_s8)
+#undef FB_INHERIT
 }
 
 static fb_status unknown_isa(const char *isa, fb_error *err)

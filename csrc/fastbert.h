@@ -61,10 +61,18 @@ enum {
 
 enum { FB_MAX_DENSE = 8 };
 
+/* Number format of the encoder's linear layers and word embeddings. Pooler, dense modules, attention and all row
+ * operations are float32 in both. */
+typedef enum fb_precision {
+    FB_FP32,
+    FB_INT8 /* weights per output feature, activations per token; made while loading, from any fb_dtype */
+} fb_precision;
+
 /* The shape of the model; names as in config.json. */
 typedef struct fb_config {
     ptrdiff_t vocab_size, hidden_size, num_hidden_layers, num_attention_heads, intermediate_size;
     ptrdiff_t max_position_embeddings, type_vocab_size;
+    fb_precision precision;
     float layer_norm_eps;
     fb_act hidden_act;
     int pooling;   /* FB_POOL_* bits; 0: no sentence vectors */
@@ -94,7 +102,7 @@ void fb_free(fb_model *model);
 
 typedef struct fb_info {
     const char *isa;      /* the kernel set that leads: "avx512" */
-    const char *gemm_f32; /* the GEMM that runs: "gemm_f32_8x48_avx512" */
+    const char *gemm;     /* the GEMM of the linear layers: "gemm_f32_8x48_avx512" */
     size_t weights_bytes; /* packed weights and tables in memory */
     ptrdiff_t vector_dim; /* length of a sentence vector; 0 without pooling */
     int has_pooler;       /* pooler.dense.* was in the checkpoint */

@@ -58,6 +58,68 @@ typedef struct fb_gemm_f32 {
                 const fb_epilogue *epilogue, float *c, ptrdiff_t ldc);
 } fb_gemm_f32;
 
+/* Bytes of K of a packed int8 matrix: K rounded up to the depth of the deepest tile (one AMX tile row). */
+enum { FB_K8 = 64 };
+static inline ptrdiff_t fb_k8(ptrdiff_t k) { return (k + FB_K8 - 1) / FB_K8 * FB_K8; }
+
+/* mix_f32: y = M x for each row, M orthogonal up to a power of two: spreads a few large elements over many, so that eight
+ * bits resolve the rest. M works on whole vectors of 16 elements, never inside one. With v = n / 16 vectors:
+ *
+ *   v = 0, or n no multiple of 16    M = I
+ *   otherwise  B = the largest power of two that divides v, at most 64: each run of B vectors goes through the
+ *              Hadamard butterfly of size B (additions and subtractions, not scaled), strides 1, 2, 4, ... ascending;
+ *              then, if 3 B divides v, vectors a, b, c that are B apart become a - m, b - m, c - m,
+ *              m = ((a + b) + c) * (2 / 3)                                     (a Householder reflection)
+ *
+ * M is symmetric and M M = B I (fb_mix_gain), so x . w = (M x) . (M w) / B: weights are mixed once, at load.
+ *   x, y    [rows][n], rows ldx and ldy apart; y == x with ldy == ldx is allowed, other overlap is not
+ * Source   the idea: Hadamard rotation before quantisation, QuaRot (Ashkboos et al., arXiv:2404.00456).
+ */
+typedef void fb_mix_f32(ptrdiff_t rows, ptrdiff_t n, const float *x, ptrdiff_t ldx, float *y, ptrdiff_t ldy);
+
+static inline float fb_mix_gain(ptrdiff_t n)
+{
+    ptrdiff_t gain = 1;
+    while (n > 0 && n % 16 == 0 && gain < 64 && n / 16 % (2 * gain) == 0)
+        gain *= 2;
+    return (float)gain;
+}
+
+/* quantize_u8: each row as x[j] ~ scale * (q[j] - zero), q in 0 .. 255, 0 represented exactly.
+ *
+ *   hi = max(0, max(x)), lo = min(0, min(x)),  scale = hi / 255 - lo / 255,  inverse = 1 / scale
+ *   zero = rint(-lo * inverse),  q[j] = clamp(rint(x[j] * inverse) + zero, 0, 255)
+ *
+ *   x       [rows][k], rows ldx apart
+ *   q       [rows][fb_k8(k)], rows ldq >= fb_k8(k) apart; bytes from k on are 0
+ *   scale   [rows]; 0, with all q = zero = 0, where scale would be below 2^-120 (a row of zeros); NaN where the row holds a
+ *           NaN or an infinity, so that all that is made from it is NaN
+ *   zero    [rows] 0 .. 255
+ */
+typedef void fb_quantize_u8(ptrdiff_t rows, ptrdiff_t k, const float *x, ptrdiff_t ldx, uint8_t *q, ptrdiff_t ldq,
+                            float *scale, int32_t *zero);
+
+/* gemm_s8: the linear layer with int8 operands and a float32 result.
+ *
+ *   t[i][j] = sum_p (a[i][p] - zero[i]) * W[j][p]                         exact, in int32
+ *   C[i][j] = residual[i][j] + act(fma((float)t[i][j], scale_a[i] * scale_w[j], bias[j]))
+ *
+ *   a       [m][fb_k8(k)] u8, rows lda bytes apart; bytes from k on meet zero weights
+ *   scale_a, zero [m]
+ *   packed  W [n][k] in -127 .. 127, its column sums and scale_w [n], as laid out by pack of this same struct
+ *
+ * Sizes    any m, n >= 0, 0 <= k <= 65536: |t| < 2^31.
+ * Memory   as gemm_f32. Columns  as gemm_f32.
+ * Numbers  no saturating instruction; the same bits in every kernel set.
+ */
+typedef struct fb_gemm_s8 {
+    const char *name;
+    size_t (*packed_bytes)(ptrdiff_t n, ptrdiff_t k);
+    void (*pack)(ptrdiff_t n, ptrdiff_t k, const int8_t *w, ptrdiff_t ldw, const float *scale_w, void *packed);
+    void (*run)(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const uint8_t *a, ptrdiff_t lda, const float *scale_a,
+                const int32_t *zero, const void *packed, const fb_epilogue *epilogue, float *c, ptrdiff_t ldc);
+} fb_gemm_s8;
+
 /* Row reductions (softmax, layernorm) run in 16 virtual lanes: element j goes to lane j mod 16, each lane in ascending
  * order, absent elements of the last vector counting as 0; the lanes are then added as a fixed tree: lane l and l + 8,
  * then l and l + 4, l + 2, l + 1. */
@@ -87,6 +149,9 @@ typedef struct fb_kernels {
     const fb_gemm_f32 *gemm_f32;
     fb_softmax_f32 *softmax_f32;
     fb_layernorm_f32 *layernorm_f32;
+    fb_mix_f32 *mix_f32;
+    fb_quantize_u8 *quantize_u8;
+    const fb_gemm_s8 *gemm_s8;
 } fb_kernels;
 
 #endif

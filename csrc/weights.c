@@ -4,6 +4,7 @@
 
 #include "error.h"
 
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -54,10 +55,11 @@ static float from_f16(uint16_t h)
     return from_bits(sign | (exponent + 112) << 23 | fraction << 13);
 }
 
-/* count elements of an unaligned little-endian tensor to float32. */
-static void convert(const fb_tensor *t, int64_t count, float *out)
+/* count elements of an unaligned little-endian tensor, from element `first` on, to float32. */
+static void convert(const fb_tensor *t, int64_t first, int64_t count, float *out)
 {
-    const unsigned char *in = t->data;
+    const size_t item = t->dtype == FB_F64 ? 8 : t->dtype == FB_F32 ? 4 : 2;
+    const unsigned char *in = (const unsigned char *)t->data + (size_t)first * item;
     switch (t->dtype) {
     case FB_F32: memcpy(out, in, (size_t)count * sizeof *out); break;
     case FB_F16:
@@ -83,11 +85,14 @@ static void convert(const fb_tensor *t, int64_t count, float *out)
 typedef struct walk {
     const fb_tensor *tensors;
     size_t num_tensors;
-    const fb_gemm_f32 *gemm;
+    const fb_kernels *kernels;
     char *block;    /* NULL in the first run */
     size_t used;    /* bytes of the block so far */
     float *staging; /* one linear layer, row-major, before packing */
     size_t staging_bytes;
+    int8_t *staging_s8; /* the same, quantised: staging_bytes / 4 */
+    float *scales;      /* of its rows: scales_bytes */
+    size_t scales_bytes;
     fb_error *err;
     fb_status status; /* the first failure; later steps do nothing */
 } walk;
@@ -149,8 +154,43 @@ static const float *table(walk *w, const char *name, ptrdiff_t rows, ptrdiff_t c
     const ptrdiff_t count = (rows ? rows : 1) * columns;
     float *out = take(w, (size_t)count * sizeof *out);
     if (t != NULL && out != NULL)
-        convert(t, count, out);
+        convert(t, 0, count, out);
     return out;
+}
+
+/* q[j] = x[j] / scale to the nearest of -127 .. 127, ties to even. Returns scale: 0 for a row of zeros, NaN with all q 0
+ * for a row that is not finite, so that what is made from it is NaN. */
+static float quantize_row(ptrdiff_t n, const float *x, int8_t *q)
+{
+    float largest = 0.0f, bad = 0.0f;
+    for (ptrdiff_t j = 0; j < n; j++) {
+        largest = fabsf(x[j]) > largest ? fabsf(x[j]) : largest;
+        bad += x[j] * 0.0f;
+    }
+    const float scale = largest / 127.0f, inverse = scale >= 0x1p-120f && bad == 0.0f ? 1.0f / scale : 0.0f;
+    const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
+    for (ptrdiff_t j = 0; j < n; j++) {
+        const float rounded = inverse == 0.0f ? 0.0f : x[j] * inverse + magic - magic;
+        q[j] = (int8_t)(rounded > 127.0f ? 127.0f : rounded < -127.0f ? -127.0f : rounded);
+    }
+    return (scale >= 0x1p-120f ? scale : 0.0f) + bad;
+}
+
+/* A table in int8, a scale per row; converted a row at a time. */
+static void quantized_table(walk *w, const char *name, ptrdiff_t rows, ptrdiff_t columns, const int8_t **table,
+                            const float **scales)
+{
+    const fb_tensor *t = expect(w, name, rows, columns);
+    int8_t *q = take(w, (size_t)rows * (size_t)columns);
+    float *s = take(w, (size_t)rows * sizeof *s);
+    if ((size_t)columns * sizeof(float) > w->staging_bytes)
+        w->staging_bytes = (size_t)columns * sizeof(float);
+    *table = q;
+    *scales = s;
+    for (ptrdiff_t i = 0; t != NULL && q != NULL && i < rows; i++) {
+        convert(t, i * columns, columns, w->staging);
+        s[i] = quantize_row(columns, w->staging, q + i * columns);
+    }
 }
 
 static fb_norm norm(walk *w, const char *prefix, ptrdiff_t n)
@@ -167,20 +207,24 @@ static fb_norm norm(walk *w, const char *prefix, ptrdiff_t n)
 /* `parts` linear layers of [out][in] stacked into one of [parts * out][in]. A missing bias is an error unless optional.
  */
 static fb_linear linear(walk *w, const char *prefix, const char *const *names, int parts, ptrdiff_t out, ptrdiff_t in,
-                        int bias_optional)
+                        fb_precision precision, int bias_optional)
 {
     char name[160];
     const ptrdiff_t n = parts * out;
     const size_t staging = (size_t)n * (size_t)in * sizeof(float);
-    fb_linear r = {n, in, take(w, w->gemm->packed_bytes(n, in)), NULL};
+    const size_t packed_bytes =
+        precision == FB_INT8 ? w->kernels->gemm_s8->packed_bytes(n, in) : w->kernels->gemm_f32->packed_bytes(n, in);
+    fb_linear r = {n, in, precision, take(w, packed_bytes), NULL};
     float *bias = NULL;
     if (staging > w->staging_bytes)
         w->staging_bytes = staging;
+    if ((size_t)n * sizeof(float) > w->scales_bytes)
+        w->scales_bytes = (size_t)n * sizeof(float);
     for (int part = 0; part < parts; part++) {
         snprintf(name, sizeof name, "%s%s.weight", prefix, names[part]);
         const fb_tensor *t = expect(w, name, out, in);
         if (t != NULL && w->block != NULL)
-            convert(t, out * in, w->staging + part * out * in);
+            convert(t, 0, out * in, w->staging + part * out * in);
         snprintf(name, sizeof name, "%s%s.bias", prefix, names[part]);
         if (bias_optional && find(w, name) == NULL)
             continue;
@@ -188,10 +232,19 @@ static fb_linear linear(walk *w, const char *prefix, const char *const *names, i
         if (part == 0)
             r.bias = bias = take(w, (size_t)n * sizeof *bias);
         if (t != NULL && w->block != NULL)
-            convert(t, out, bias + part * out);
+            convert(t, 0, out, bias + part * out);
     }
-    if (w->status == FB_OK && w->block != NULL)
-        w->gemm->pack(n, in, w->staging, in, 1, (void *)r.packed);
+    if (w->status != FB_OK || w->block == NULL)
+        return r;
+    if (precision == FB_FP32) {
+        w->kernels->gemm_f32->pack(n, in, w->staging, in, 1, (void *)r.packed);
+        return r;
+    }
+    const float gain = fb_mix_gain(in);
+    w->kernels->mix_f32(n, in, w->staging, in, w->staging, in);
+    for (ptrdiff_t j = 0; j < n; j++)
+        w->scales[j] = quantize_row(in, w->staging + j * in, w->staging_s8 + j * in) / gain;
+    w->kernels->gemm_s8->pack(n, in, w->staging_s8, in, w->scales, (void *)r.packed);
     return r;
 }
 
@@ -202,38 +255,44 @@ static void walk_model(walk *w, const fb_config *c, ptrdiff_t pooled_dim, fb_wei
     char prefix[128];
 
     w->used = 0;
-    out->word = table(w, "embeddings.word_embeddings.weight", c->vocab_size, hidden);
+    if (c->precision == FB_FP32)
+        out->word = table(w, "embeddings.word_embeddings.weight", c->vocab_size, hidden);
+    else
+        quantized_table(w, "embeddings.word_embeddings.weight", c->vocab_size, hidden, &out->word_s8,
+                        &out->word_scales);
     out->position = table(w, "embeddings.position_embeddings.weight", c->max_position_embeddings, hidden);
     out->type = table(w, "embeddings.token_type_embeddings.weight", c->type_vocab_size, hidden);
     out->embeddings_norm = norm(w, "embeddings.LayerNorm", hidden);
     for (int i = 0; i < c->num_hidden_layers && w->status == FB_OK; i++) {
         fb_layer *layer = &out->layers[i];
 #define FB_PREFIX(rest) (snprintf(prefix, sizeof prefix, "encoder.layer.%d." rest, i), prefix)
-        layer->qkv = linear(w, FB_PREFIX("attention.self."), qkv, 3, hidden, hidden, 0);
-        layer->attention_output = linear(w, FB_PREFIX("attention.output.dense"), itself, 1, hidden, hidden, 0);
+        layer->qkv = linear(w, FB_PREFIX("attention.self."), qkv, 3, hidden, hidden, c->precision, 0);
+        layer->attention_output =
+            linear(w, FB_PREFIX("attention.output.dense"), itself, 1, hidden, hidden, c->precision, 0);
         layer->attention_norm = norm(w, FB_PREFIX("attention.output.LayerNorm"), hidden);
-        layer->intermediate = linear(w, FB_PREFIX("intermediate.dense"), itself, 1, c->intermediate_size, hidden, 0);
-        layer->output = linear(w, FB_PREFIX("output.dense"), itself, 1, hidden, c->intermediate_size, 0);
+        layer->intermediate =
+            linear(w, FB_PREFIX("intermediate.dense"), itself, 1, c->intermediate_size, hidden, c->precision, 0);
+        layer->output = linear(w, FB_PREFIX("output.dense"), itself, 1, hidden, c->intermediate_size, c->precision, 0);
         layer->output_norm = norm(w, FB_PREFIX("output.LayerNorm"), hidden);
 #undef FB_PREFIX
     }
     memset(&out->pooler, 0, sizeof out->pooler);
     if (find(w, "pooler.dense.weight") != NULL)
-        out->pooler = linear(w, "pooler.dense", itself, 1, hidden, hidden, 0);
+        out->pooler = linear(w, "pooler.dense", itself, 1, hidden, hidden, FB_FP32, 0);
     for (int i = 0; i < c->num_dense && w->status == FB_OK; i++) {
         snprintf(prefix, sizeof prefix, "dense.%d.weight", i);
         const fb_tensor *t = find(w, prefix);
         const ptrdiff_t dim = t != NULL && t->rank == 2 && t->shape[0] > 0 ? (ptrdiff_t)t->shape[0] : 1;
         snprintf(prefix, sizeof prefix, "dense.%d", i);
-        out->dense[i] = linear(w, prefix, itself, 1, dim, pooled_dim, 1);
+        out->dense[i] = linear(w, prefix, itself, 1, dim, pooled_dim, FB_FP32, 1);
         pooled_dim = dim;
     }
 }
 
-fb_status fb_weights_load(fb_weights *weights, const fb_config *config, ptrdiff_t pooled_dim, const fb_gemm_f32 *gemm,
+fb_status fb_weights_load(fb_weights *weights, const fb_config *config, ptrdiff_t pooled_dim, const fb_kernels *kernels,
                           const fb_tensor *tensors, size_t num_tensors, fb_error *err)
 {
-    walk w = {.tensors = tensors, .num_tensors = num_tensors, .gemm = gemm, .err = err};
+    walk w = {.tensors = tensors, .num_tensors = num_tensors, .kernels = kernels, .err = err};
     memset(weights, 0, sizeof *weights);
     weights->layers = calloc((size_t)config->num_hidden_layers, sizeof *weights->layers);
     if (weights->layers == NULL)
@@ -243,12 +302,16 @@ fb_status fb_weights_load(fb_weights *weights, const fb_config *config, ptrdiff_
         weights->bytes = w.used;
         weights->block = w.block = fb_aligned_alloc(w.used);
         w.staging = malloc(w.staging_bytes);
-        if (w.block == NULL || w.staging == NULL)
+        w.staging_s8 = malloc(w.staging_bytes / sizeof(float));
+        w.scales = malloc(w.scales_bytes);
+        if (w.block == NULL || w.staging == NULL || w.staging_s8 == NULL || w.scales == NULL)
             w.status = fb_fail(err, FB_ENOMEM, "packed weights of %zu bytes: out of memory", w.used + w.staging_bytes);
         else
             walk_model(&w, config, pooled_dim, weights);
     }
     free(w.staging);
+    free(w.staging_s8);
+    free(w.scales);
     if (w.status != FB_OK)
         fb_weights_free(weights);
     return w.status;

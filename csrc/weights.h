@@ -7,9 +7,11 @@
 
 #include "kernels.h"
 
-/* A linear layer y = act(x W^T + bias), W [out][in] packed by the kernel set's gemm. */
+/* A linear layer y = act(x W^T + bias), W [out][in] packed by the kernel set's gemm_f32, or mixed (mix_f32), quantised per
+ * row of W and packed by its gemm_s8. */
 typedef struct fb_linear {
     ptrdiff_t out, in;
+    fb_precision precision;
     const void *packed;
     const float *bias; /* [out] or NULL */
 } fb_linear;
@@ -30,7 +32,10 @@ typedef struct fb_layer {
 typedef struct fb_weights {
     void *block; /* owns all that the pointers below point into */
     size_t bytes;
-    const float *word, *position, *type; /* embedding tables, row-major [rows][hidden] */
+    const float *word;            /* [vocab][hidden]; NULL in int8 models, which have */
+    const int8_t *word_s8;        /* [vocab][hidden], -127 .. 127, and */
+    const float *word_scales;     /* [vocab] */
+    const float *position, *type; /* [rows][hidden] */
     fb_norm embeddings_norm;
     fb_layer *layers; /* [num_hidden_layers] */
     fb_linear pooler; /* packed is NULL when the checkpoint has none */
@@ -38,7 +43,7 @@ typedef struct fb_weights {
 } fb_weights;
 
 /* pooled_dim: the length that the first dense module takes. On failure nothing is held. */
-fb_status fb_weights_load(fb_weights *weights, const fb_config *config, ptrdiff_t pooled_dim, const fb_gemm_f32 *gemm,
+fb_status fb_weights_load(fb_weights *weights, const fb_config *config, ptrdiff_t pooled_dim, const fb_kernels *kernels,
                           const fb_tensor *tensors, size_t num_tensors, fb_error *err);
 void fb_weights_free(fb_weights *weights);
 

@@ -7,24 +7,46 @@
 #include "../cpu.h"
 #include "../kernels.h"
 #include <math.h>
+#include <string.h>
 #include "simd_avx512.h"
 
 #define FB_ISA_NAME(op) op##_avx512
+#include "activations.inc.h"
 #include "rows.inc.h"
+#include "epilogue.inc.h"
 
 #define FB_GEMM_MR 8
-#define FB_TILES_3(X, mr) X(mr, 1) X(mr, 2) X(mr, 3)
-#define FB_TILES_4(X, mr) FB_TILES_3(X, mr) X(mr, 4)
-#define FB_TILES_8(X, mr) FB_TILES_4(X, mr) X(mr, 5) X(mr, 6) X(mr, 7) X(mr, 8)
-/* clang-format off */
-#define FB_GEMM_TILES(X) \
-    FB_TILES_8(X, 1) FB_TILES_8(X, 2) FB_TILES_8(X, 3) FB_TILES_4(X, 4) \
-    FB_TILES_4(X, 5) FB_TILES_4(X, 6) FB_TILES_3(X, 7) FB_TILES_3(X, 8)
-/* clang-format on */
+#define FB_GEMM_TILES FB_TILES_8X48
 static const int fb_gemm_strips[FB_GEMM_MR + 1] = {0, 8, 8, 8, 4, 4, 4, 3, 3};
 #include "gemm_f32.inc.h"
 
+/* Exact without VNNI as in avx2.c; vpsignb has no 512-bit form: w is negated under a mask of the signs of a. */
+typedef struct {
+    __m512i size;
+    __mmask64 negative;
+} vrow;
+static inline vrow vi_row(const uint8_t *p)
+{
+    int32_t four;
+    memcpy(&four, p, sizeof four);
+    const __m512i a = _mm512_xor_si512(_mm512_set1_epi32(four), _mm512_set1_epi8(-128));
+    return (vrow){_mm512_abs_epi8(a), _mm512_movepi8_mask(a)};
+}
+static inline vi vi_dot(vi acc, vrow row, vi w)
+{
+    const __m512i signed_w = _mm512_mask_sub_epi8(w, row.negative, _mm512_setzero_si512(), w);
+    const __m512i pairs = _mm512_maddubs_epi16(row.size, signed_w);
+    return _mm512_add_epi32(acc, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+}
+#define FB_A_SHIFT 128
+#define FB_S8_MR 8
+#define FB_S8_TILES FB_TILES_8X48
+static const int fb_s8_strips[FB_S8_MR + 1] = {0, 8, 8, 8, 4, 4, 4, 3, 3};
+#include "gemm_s8.inc.h"
+
 static const fb_gemm_f32 gemm_f32 = {"gemm_f32_8x48_avx512", packed_bytes_avx512, pack_avx512, gemm_f32_avx512};
+
+static const fb_gemm_s8 gemm_s8 = {"gemm_s8_8x48_avx512", s8_packed_bytes_avx512, s8_pack_avx512, gemm_s8_avx512};
 
 const fb_kernels fb_kernels_avx512 = {
     .isa = "avx512",
@@ -32,4 +54,7 @@ const fb_kernels fb_kernels_avx512 = {
     .gemm_f32 = &gemm_f32,
     .softmax_f32 = softmax_f32_avx512,
     .layernorm_f32 = layernorm_f32_avx512,
+    .mix_f32 = mix_f32_avx512,
+    .quantize_u8 = quantize_u8_avx512,
+    .gemm_s8 = &gemm_s8,
 };

@@ -1,6 +1,6 @@
 /* gemm_f32.inc.h: the float32 GEMM, written once over the 16-lane vector of simd_*.h.
  *
- * A kernel file includes its simd_*.h and rows.inc.h, then defines
+ * A kernel file includes its simd_*.h, activations.inc.h and epilogue.inc.h, then defines
  *   FB_GEMM_TILES(X)   the register tiles it can hold, X(rows, strips) each, for every rows 1..FB_GEMM_MR and every
  *                      strips 1..fb_gemm_strips[rows]
  *   FB_GEMM_MR         most rows of a tile
@@ -31,18 +31,6 @@ typedef struct fb_tile_args {
 } fb_tile_args;
 
 typedef void fb_tile(const fb_tile_args *t);
-
-static inline vf load_columns(const float *p, ptrdiff_t columns)
-{
-    return columns == 16 ? v_load(p) : v_load_n(p, columns, 0.0f);
-}
-static inline void store_columns(float *p, vf x, ptrdiff_t columns)
-{
-    if (columns == 16)
-        v_store(p, x);
-    else
-        v_store_n(p, x, columns);
-}
 
 /* mr rows by nv strips over one block of k. mr and nv are constants at each call, so acc stays in registers. */
 static inline __attribute__((always_inline)) void fb_tile_any(const int mr, const int nv, const fb_tile_args *t)

@@ -1,6 +1,7 @@
 /* simd_avx2.h: the 16-lane vector of simd_scalar.h (which states the meaning) as two ymm registers. */
 #include <immintrin.h>
 #include <stdint.h>
+#include <string.h>
 
 #include "unroll.h"
 
@@ -127,3 +128,41 @@ static inline void v_transpose(vf r[16])
         r[i + 8] = FB_BOTH(q[1][i], q[3][i]);
     }
 }
+
+/* ---- 16 int32 lanes (simd_scalar.h) ---- */
+typedef struct {
+    __m256i lo, hi;
+} vi;
+
+#define FB_BOTH_I(lo_expression, hi_expression)                                                                        \
+    (vi) { lo_expression, hi_expression }
+
+static inline void v_to_u8(uint8_t *p, vf a, ptrdiff_t n)
+{
+    uint8_t all[16];
+    const __m256i lo = _mm256_cvtps_epi32(a.lo), hi = _mm256_cvtps_epi32(a.hi);
+    const __m256i mixed = _mm256_permute4x64_epi64(_mm256_packus_epi32(lo, hi), 0xd8);
+    const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(mixed), _mm256_extracti128_si256(mixed, 1));
+    if (n == 16) {
+        _mm_storeu_si128((__m128i *)p, bytes);
+    } else {
+        _mm_storeu_si128((__m128i *)all, bytes);
+        memcpy(p, all, (size_t)n);
+    }
+}
+static inline vi vi_set1(int32_t x) { return FB_BOTH_I(_mm256_set1_epi32(x), _mm256_set1_epi32(x)); }
+static inline vi vi_load(const int32_t *p)
+{
+    return FB_BOTH_I(_mm256_loadu_si256((const __m256i *)p), _mm256_loadu_si256((const __m256i *)p + 1));
+}
+static inline void vi_store(int32_t *p, vi a)
+{
+    _mm256_storeu_si256((__m256i *)p, a.lo);
+    _mm256_storeu_si256((__m256i *)p + 1, a.hi);
+}
+static inline vi vi_sub(vi a, vi b) { return FB_BOTH_I(_mm256_sub_epi32(a.lo, b.lo), _mm256_sub_epi32(a.hi, b.hi)); }
+static inline vi vi_mul(vi a, vi b)
+{
+    return FB_BOTH_I(_mm256_mullo_epi32(a.lo, b.lo), _mm256_mullo_epi32(a.hi, b.hi));
+}
+static inline vf vi_to_f32(vi a) { return FB_BOTH(_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)); }

@@ -83,3 +83,27 @@ static inline void v_transpose(vf r[16])
         r[i + 12] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0xdd);
     }
 }
+
+/* ---- 16 int32 lanes (simd_scalar.h) ---- */
+typedef __m512i vi;
+
+static inline void v_to_u8(uint8_t *p, vf a, ptrdiff_t n)
+{
+    _mm512_mask_cvtepi32_storeu_epi8(p, v_mask(n), _mm512_cvtps_epi32(a));
+}
+static inline vi vi_set1(int32_t x) { return _mm512_set1_epi32(x); }
+static inline vi vi_load(const int32_t *p) { return _mm512_loadu_si512(p); }
+static inline void vi_store(int32_t *p, vi a) { _mm512_storeu_si512(p, a); }
+static inline vi vi_sub(vi a, vi b) { return _mm512_sub_epi32(a, b); }
+static inline vi vi_mul(vi a, vi b) { return _mm512_mullo_epi32(a, b); }
+static inline vf vi_to_f32(vi a) { return _mm512_cvtepi32_ps(a); }
+
+/* Tiles of up to 24 accumulators that the GEMMs of avx512*.c use: X(rows, strips). */
+#define FB_TILES_3(X, mr) X(mr, 1) X(mr, 2) X(mr, 3)
+#define FB_TILES_4(X, mr) FB_TILES_3(X, mr) X(mr, 4)
+#define FB_TILES_8(X, mr) FB_TILES_4(X, mr) X(mr, 5) X(mr, 6) X(mr, 7) X(mr, 8)
+/* clang-format off */
+#define FB_TILES_8X48(X) \
+    FB_TILES_8(X, 1) FB_TILES_8(X, 2) FB_TILES_8(X, 3) FB_TILES_4(X, 4) \
+    FB_TILES_4(X, 5) FB_TILES_4(X, 6) FB_TILES_3(X, 7) FB_TILES_3(X, 8)
+/* clang-format on */

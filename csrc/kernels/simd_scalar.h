@@ -100,3 +100,47 @@ static inline void v_transpose(vf r[16])
             r[j].l[i] = t;
         }
 }
+
+/* ---- 16 int32 lanes ----
+ *   v_to_u8     lanes, whole numbers of 0 .. 255, to 16 bytes
+ *   vi_dot      acc + the four products of each column: r a row's four bytes, w 16 columns by 4 steps of k
+ *   FB_A_SHIFT  vi_dot takes a - FB_A_SHIFT for a
+ */
+typedef struct {
+    int32_t l[16];
+} vi;
+
+static inline void v_to_u8(uint8_t *p, vf a, ptrdiff_t n)
+{
+    for (ptrdiff_t i = 0; i < n; i++)
+        p[i] = (uint8_t)a.l[i];
+}
+static inline vi vi_set1(int32_t x)
+{
+    vi r;
+    FB_LANES r.l[i] = x;
+    return r;
+}
+static inline vi vi_load(const int32_t *p)
+{
+    vi r;
+    memcpy(r.l, p, sizeof r.l);
+    return r;
+}
+static inline void vi_store(int32_t *p, vi a) { memcpy(p, a.l, sizeof a.l); }
+static inline vi vi_sub(vi a, vi b)
+{
+    FB_LANES a.l[i] -= b.l[i];
+    return a;
+}
+static inline vi vi_mul(vi a, vi b)
+{
+    FB_LANES a.l[i] *= b.l[i];
+    return a;
+}
+static inline vf vi_to_f32(vi a)
+{
+    vf r;
+    FB_LANES r.l[i] = (float)a.l[i];
+    return r;
+}

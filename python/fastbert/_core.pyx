@@ -32,6 +32,9 @@ cdef extern from "fastbert.h" nogil:
         FB_ACT_RELU
         FB_ACT_SILU
         FB_ACT_TANH
+    ctypedef enum fb_precision:
+        FB_FP32
+        FB_INT8
     enum:
         FB_POOL_CLS
         FB_POOL_MAX
@@ -43,6 +46,7 @@ cdef extern from "fastbert.h" nogil:
     ctypedef struct fb_config:
         ptrdiff_t vocab_size, hidden_size, num_hidden_layers, num_attention_heads, intermediate_size
         ptrdiff_t max_position_embeddings, type_vocab_size
+        fb_precision precision
         float layer_norm_eps
         fb_act hidden_act
         int pooling
@@ -61,7 +65,7 @@ cdef extern from "fastbert.h" nogil:
     void fb_free(fb_model *)
     ctypedef struct fb_info:
         const char *isa
-        const char *gemm_f32
+        const char *gemm
         size_t weights_bytes
         ptrdiff_t vector_dim
         int has_pooler
@@ -102,6 +106,7 @@ cdef dict ACTIVATIONS = {
     "none": FB_ACT_NONE, "gelu": FB_ACT_GELU, "gelu_tanh": FB_ACT_GELU_TANH, "relu": FB_ACT_RELU,
     "silu": FB_ACT_SILU, "tanh": FB_ACT_TANH,
 }
+cdef dict PRECISIONS = {"fp32": FB_FP32, "int8": FB_INT8}
 cdef dict POOLINGS = {
     "cls": FB_POOL_CLS, "max": FB_POOL_MAX, "mean": FB_POOL_MEAN, "mean_sqrt_len": FB_POOL_MEAN_SQRT_LEN,
     "weightedmean": FB_POOL_WEIGHTED_MEAN, "lasttoken": FB_POOL_LAST,
@@ -137,7 +142,7 @@ cdef class Model:
     """A packed, read-only encoder; forward() may be called from many threads at once.
 
     config: the numbers of config.json under their own names, "hidden_act" (none gelu gelu_tanh relu silu tanh),
-    "pooling" (names of pooling modes), "dense" (activation names, tensors dense.<i>.weight and .bias), "normalize".
+    "precision" (fp32 int8), "pooling" (names of pooling modes), "dense" (activation names, tensors dense.<i>.weight and .bias), "normalize".
     tensors: name -> (buffer, dtype, shape), dtype one of F32 F16 BF16 F64, names without prefix. The buffers are
     not needed afterwards. isa: the kernel set; None follows FASTBERT_ISA, else takes the best.
     Raises ValueError naming the entry or tensor and what was expected; MemoryError.
@@ -166,6 +171,7 @@ cdef class Model:
         c.intermediate_size = config["intermediate_size"]
         c.max_position_embeddings = config["max_position_embeddings"]
         c.type_vocab_size = config["type_vocab_size"]
+        c.precision = <fb_precision>lookup(PRECISIONS, config.get("precision", "fp32"), "precision")
         c.layer_norm_eps = config["layer_norm_eps"]
         c.hidden_act = <fb_act>lookup(ACTIVATIONS, config["hidden_act"], "hidden_act")
         c.pooling = 0
@@ -229,10 +235,10 @@ cdef class Model:
         return self.facts.isa.decode()
 
     @property
-    def gemm_f32(self):
-        """The GEMM that runs, with its register tile."""
+    def gemm(self):
+        """The GEMM of the linear layers, with its register tile."""
         self.check_loaded()
-        return self.facts.gemm_f32.decode()
+        return self.facts.gemm.decode()
 
     @property
     def weights_bytes(self):

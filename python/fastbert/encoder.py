@@ -140,7 +140,7 @@ class Encoder:
         self,
         model: str | os.PathLike[str] | None = None,
         *,
-        precision: Literal["fp32"] = "fp32",
+        precision: Literal["fp32", "int8"] = "fp32",
         threads: int | None = None,
         max_seq_length: int | None = None,
         revision: str | None = None,
@@ -148,7 +148,7 @@ class Encoder:
         local_files_only: bool = False,
         token: str | bool | None = None,
     ) -> None:
-        self.precision = _one_of("precision", precision, ("fp32",))
+        self.precision = _one_of("precision", precision, ("fp32", "int8"))
         self.threads = None if threads is None else _count("threads", threads)
         self._hub: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
         self.folder = hub.resolve(model, **self._hub, token=token)
@@ -177,7 +177,7 @@ class Encoder:
             tensors[f"dense.{i}.weight"] = layer.weight
             if layer.bias is not None:
                 tensors[f"dense.{i}.bias"] = layer.bias
-        head = {"pooling": self.pooling, "dense": self.dense, "normalize": self.normalize}
+        head = {"precision": precision, "pooling": self.pooling, "dense": self.dense, "normalize": self.normalize}
         self._model = _core.Model(asdict(self.config) | head, tensors)
 
         self.prompts = {"query": "", "document": ""} | sentence.prompts
@@ -560,7 +560,7 @@ class Encoder:
             "default_prompt_name": self.default_prompt_name,
             "similarity_fn_name": self.similarity_fn_name,
             "isa": self._model.isa,
-            "gemm_f32": self._model.gemm_f32,
+            "gemm": self._model.gemm,
             "threads": threads,
             "weights_bytes": self._model.weights_bytes,
             "scratch_bytes": self._model.scratch_bytes(threads),

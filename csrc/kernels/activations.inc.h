@@ -1,0 +1,81 @@
+/* activations.inc.h: exp and the activations, written once over the 16-lane vector of simd_*.h.
+ *
+ * The same operations in the same order on every instruction set give the same bits everywhere.
+ * Polynomials: minimax by Remez exchange in 40-digit arithmetic, coefficients rounded to float32.
+ */
+
+static inline vf v_horner(vf x, const float *c, int degree) /* c[0] + c[1] x + ... */
+{
+    vf r = v_set1(c[degree]);
+    for (int i = degree - 1; i >= 0; i--)
+        r = v_fma(r, x, v_set1(c[i]));
+    return r;
+}
+
+/* e^x for x held in [-87.3, 88]; relative error < 2^-22.9. ln 2 is taken off in two parts, the first exact times n. */
+static inline vf v_exp(vf x)
+{
+    static const float p[] = {1.0f, 1.0f, 0.499999911f, 0.166664198f, 0.0416682325f, 0.00837489869f, 0.00138367421f};
+    const vf magic = v_set1(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer in the low bits */
+    x = v_min(v_set1(88.0f), v_max(v_set1(-87.3f), x));
+    const vf t = v_fma(x, v_set1(1.44269502f), magic);
+    const vf n = v_sub(t, magic);
+    vf r = v_fma(n, v_set1(-0.693359375f), x);
+    r = v_fma(n, v_set1(2.12194442e-4f), r);
+    return v_scale2(v_horner(r, p, 6), t);
+}
+
+/* tanh x: below 0.625 an odd polynomial, above it 1 - 2 / (e^2|x| + 1). */
+static inline vf v_tanh(vf x)
+{
+    static const float p[] = {-0.333332956f, 0.133317262f, -0.0537598617f, 0.0206970423f, -0.00576335844f};
+    const vf one = v_set1(1.0f), a = v_abs(x), x2 = v_mul(x, x);
+    const vf small = v_fma(v_mul(x2, x), v_horner(x2, p, 4), x);
+    const vf e = v_exp(v_add(a, a));
+    const vf large = v_sub(one, v_div(v_set1(2.0f), v_add(e, one)));
+    return v_ifgt(v_set1(0.625f), a, small, v_copysign(large, x));
+}
+
+/* x / (1 + e^-z); 0 with the sign of x where e^z leaves the range of float32. */
+static inline vf v_sigmoid_times(vf x, vf z)
+{
+    const vf e = v_exp(v_sub(v_set1(0.0f), z));
+    return v_ifgt(z, v_set1(-87.0f), v_div(x, v_add(v_set1(1.0f), e)), v_mul(x, v_set1(0.0f)));
+}
+
+/* x Phi(x). Phi(x) - 1/2 = erf(x / sqrt 2) / 2 = x P(2 x^2 / 5.5^2 - 1) for |x| < 5.5, P of degree 15, error < 1e-8;
+ * beyond, the product is held at +-1/2, so the result is exactly x or -0. Phi(-5.5) = 1.9e-8. */
+static inline vf v_gelu(vf x)
+{
+    static const float p[] = {0.12855193f,    -0.064172335f,    0.0477376543f,   -0.0387928672f,
+                              0.0320697352f,  -0.0260471422f,   0.0203682519f,   -0.015005636f,
+                              0.0102156745f,  -0.00680063758f,  0.00464210752f,  -0.00244841422f,
+                              0.00070342113f, -0.000506081502f, 0.000636892219f, -0.000243466609f};
+    const vf half = v_set1(0.5f), limit = v_set1(5.5f);
+    const vf c = v_min(limit, v_max(v_set1(-5.5f), x));
+    const vf t = v_fma(v_mul(c, c), v_set1(2.0f / (5.5f * 5.5f)), v_set1(-1.0f));
+    const vf h = v_mul(c, v_horner(t, p, 15));
+    const vf held = v_ifgt(limit, v_abs(x), h, v_copysign(half, x));
+    return v_mul(x, v_add(half, v_min(half, v_max(v_set1(-0.5f), held))));
+}
+
+/* x (1 + tanh(y)) / 2 with y = sqrt(2 / pi) (x + 0.044715 x^3), which is x / (1 + e^-2y). */
+static inline vf v_gelu_tanh(vf x)
+{
+    const vf x2 = v_mul(x, x);
+    const vf y2 = v_mul(x, v_fma(x2, v_set1(2.0f * 0.0356774081f), v_set1(2.0f * 0.797884561f)));
+    return v_sigmoid_times(x, y2);
+}
+
+static inline vf v_act(fb_act act, vf x)
+{
+    switch (act) {
+    case FB_ACT_GELU: return v_gelu(x);
+    case FB_ACT_GELU_TANH: return v_gelu_tanh(x);
+    case FB_ACT_RELU: return v_max(v_set1(0.0f), x);
+    case FB_ACT_SILU: return v_sigmoid_times(x, x);
+    case FB_ACT_TANH: return v_tanh(x);
+    case FB_ACT_NONE: break;
+    }
+    return x;
+}

@@ -1,0 +1,154 @@
+/* gemm_s8.inc.h: the int8 GEMM, written once over the vectors of simd_*.h.
+ *
+ * A kernel file includes its simd_*.h, activations.inc.h and epilogue.inc.h, then defines
+ *   vrow, vi_row(p), vi_dot(acc, row, w), FB_A_SHIFT     the dot product (meaning in simd_scalar.h)
+ *   FB_S8_TILES(X), FB_S8_MR, fb_s8_strips               register tiles, as in gemm_f32.inc.h
+ *
+ * Packed W: strips of 16 columns of C. A strip is, for every four steps of k, the four bytes of each column in turn (one
+ * zmm, two ymm, or one row of an AMX tile); then the sums of its columns, int32 [16]; then their scales, float32 [16]:
+ *     w0[0..3] w1[0..3] .. w15[0..3] | w0[4..7] .. | .. | sum0 .. sum15 | scale0 .. scale15        K padded with 0
+ *
+ * A tile runs over the whole of k, its int32 sums in registers, and writes finished float32.
+ */
+
+typedef struct fb_s8_tile_args {
+    ptrdiff_t k;      /* bytes, a multiple of 4 */
+    const uint8_t *a; /* [mr][k], rows lda bytes apart */
+    ptrdiff_t lda;
+    const float *scale_a;  /* [mr] */
+    const int32_t *zero;   /* [mr] */
+    const int8_t *strip;   /* first step of the first strip */
+    ptrdiff_t strip_bytes; /* from one strip to the next */
+    fb_act act;
+    const float *bias, *residual;
+    ptrdiff_t ldr;
+    ptrdiff_t last_columns; /* of the last strip: 1 .. 16 */
+    float *c;
+    ptrdiff_t ldc;
+} fb_s8_tile_args;
+
+typedef void fb_s8_tile(const fb_s8_tile_args *t);
+
+/* From exact sums [mr][8 * 16] to float32, one strip after the other. One function for all tiles: their code stays small. */
+static void s8_finish(ptrdiff_t mr, ptrdiff_t nv, const int32_t *sums, const fb_s8_tile_args *t)
+{
+    for (ptrdiff_t j = 0; j < nv; j++) {
+        const int8_t *end = t->strip + j * t->strip_bytes + t->k * 16;
+        const vi w_sums = vi_load((const int32_t *)end);
+        const vf w_scales = v_load((const float *)(end + 64));
+        const ptrdiff_t columns = j == nv - 1 ? t->last_columns : 16;
+        const vf bias = t->bias ? load_columns(t->bias + j * 16, columns) : v_set1(0.0f);
+        for (ptrdiff_t i = 0; i < mr; i++) {
+            const vi shift = vi_mul(w_sums, vi_set1(t->zero[i] - FB_A_SHIFT));
+            const vi exact = vi_sub(vi_load(sums + i * 8 * 16 + j * 16), shift);
+            vf x = v_act(t->act, v_fma(vi_to_f32(exact), v_mul(v_set1(t->scale_a[i]), w_scales), bias));
+            if (t->residual)
+                x = v_add(load_columns(t->residual + i * t->ldr + j * 16, columns), x);
+            store_columns(t->c + i * t->ldc + j * 16, x, columns);
+        }
+    }
+}
+
+static inline __attribute__((always_inline)) void fb_s8_tile_any(const int mr, const int nv, const fb_s8_tile_args *t)
+{
+    const ptrdiff_t k = t->k, lda = t->lda, strip_bytes = t->strip_bytes;
+    const uint8_t *a = t->a;
+    const int8_t *strip = t->strip;
+    vi acc[FB_S8_MR][8];
+    FB_UNROLL
+    for (int i = 0; i < mr; i++)
+        FB_UNROLL
+    for (int j = 0; j < nv; j++)
+        acc[i][j] = vi_set1(0);
+    for (ptrdiff_t p = 0; p < k; p += 4) {
+        vi w[8];
+        FB_UNROLL
+        for (int j = 0; j < nv; j++)
+            w[j] = vi_load((const int32_t *)(strip + j * strip_bytes + p * 16));
+        FB_UNROLL
+        for (int i = 0; i < mr; i++) {
+            const vrow row = vi_row(a + i * lda + p);
+            FB_UNROLL
+            for (int j = 0; j < nv; j++)
+                acc[i][j] = vi_dot(acc[i][j], row, w[j]);
+        }
+    }
+    _Alignas(64) int32_t sums[FB_S8_MR][8 * 16];
+    FB_UNROLL
+    for (int i = 0; i < mr; i++)
+        FB_UNROLL
+    for (int j = 0; j < nv; j++)
+        vi_store(sums[i] + j * 16, acc[i][j]);
+    s8_finish(mr, nv, &sums[0][0], t);
+}
+
+#define FB_TILE(mr, nv)                                                                                                \
+    static void s8_tile_##mr##x##nv(const fb_s8_tile_args *t) { fb_s8_tile_any(mr, nv, t); }
+FB_S8_TILES(FB_TILE)
+#undef FB_TILE
+
+#define FB_TILE(mr, nv) [mr][nv] = s8_tile_##mr##x##nv,
+static fb_s8_tile *const s8_tiles[FB_S8_MR + 1][8 + 1] = {FB_S8_TILES(FB_TILE)};
+#undef FB_TILE
+
+static inline ptrdiff_t s8_strip_bytes(ptrdiff_t k) { return fb_k8(k) * 16 + 128; }
+
+static size_t FB_ISA_NAME(s8_packed_bytes)(ptrdiff_t n, ptrdiff_t k)
+{
+    return (size_t)((n + 15) / 16) * (size_t)s8_strip_bytes(k);
+}
+
+static void FB_ISA_NAME(s8_pack)(ptrdiff_t n, ptrdiff_t k, const int8_t *w, ptrdiff_t ldw, const float *scale_w,
+                                 void *packed)
+{
+    int8_t *out = packed;
+    for (ptrdiff_t s = 0; s < n; s += 16, out += s8_strip_bytes(k)) {
+        int32_t *sums = (int32_t *)(out + fb_k8(k) * 16);
+        float *scales = (float *)(sums + 16);
+        for (ptrdiff_t j = 0; j < 16; j++) {
+            const int8_t *row = w + (s + j) * ldw;
+            const ptrdiff_t depth = s + j < n ? k : 0;
+            sums[j] = 0;
+            scales[j] = s + j < n ? scale_w[s + j] : 0.0f;
+            for (ptrdiff_t p = 0; p < fb_k8(k); p++) {
+                const int8_t x = p < depth ? row[p] : 0;
+                out[p / 4 * 64 + j * 4 + p % 4] = x;
+                sums[j] += x;
+            }
+        }
+    }
+}
+
+static void FB_ISA_NAME(gemm_s8)(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const uint8_t *a, ptrdiff_t lda,
+                                 const float *scale_a, const int32_t *zero, const void *packed,
+                                 const fb_epilogue *epilogue, float *c, ptrdiff_t ldc)
+{
+    if (m <= 0 || n <= 0)
+        return;
+    const ptrdiff_t row_groups = (m + FB_S8_MR - 1) / FB_S8_MR;
+    const ptrdiff_t strips = (n + 15) / 16, wide = fb_s8_strips[(m + row_groups - 1) / row_groups];
+    const ptrdiff_t strip_groups = (strips + wide - 1) / wide;
+    for (ptrdiff_t g = 0; g < strip_groups; g++) {
+        const ptrdiff_t s = strips * g / strip_groups, s_end = strips * (g + 1) / strip_groups, nv = s_end - s;
+        const ptrdiff_t column = s * 16, columns = s_end * 16 <= n ? nv * 16 : n - column;
+        for (ptrdiff_t h = 0; h < row_groups; h++) {
+            const ptrdiff_t i = m * h / row_groups, mr = m * (h + 1) / row_groups - i;
+            const float *residual = epilogue->residual ? epilogue->residual + i * epilogue->ldr + column : NULL;
+            const fb_s8_tile_args t = {.k = fb_k8(k),
+                                       .a = a + i * lda,
+                                       .lda = lda,
+                                       .scale_a = scale_a + i,
+                                       .zero = zero + i,
+                                       .strip = (const int8_t *)packed + s * s8_strip_bytes(k),
+                                       .strip_bytes = s8_strip_bytes(k),
+                                       .bias = epilogue->bias ? epilogue->bias + column : NULL,
+                                       .act = epilogue->act,
+                                       .residual = residual,
+                                       .ldr = epilogue->ldr,
+                                       .last_columns = columns - (nv - 1) * 16,
+                                       .c = c + i * ldc + column,
+                                       .ldc = ldc};
+            s8_tiles[mr][nv](&t);
+        }
+    }
+}
