@@ -162,18 +162,36 @@ static const float *table(walk *w, const char *name, ptrdiff_t rows, ptrdiff_t c
  * for a row that is not finite, so that what is made from it is NaN. */
 static float quantize_row(ptrdiff_t n, const float *x, int8_t *q)
 {
-    float largest = 0.0f, bad = 0.0f;
-    for (ptrdiff_t j = 0; j < n; j++) {
-        largest = fabsf(x[j]) > largest ? fabsf(x[j]) : largest;
-        bad += x[j] * 0.0f;
+    /* Sixteen lanes, which a compiler turns into vectors of any width: a maximum has no order, and a sum of zeros neither. */
+    float lanes[16] = {0}, bad_lanes[16] = {0}, largest = 0.0f, bad = 0.0f;
+    ptrdiff_t j = 0;
+    for (; j + 16 <= n; j += 16)
+        for (int l = 0; l < 16; l++) {
+            const float size = fabsf(x[j + l]);
+            lanes[l] = size > lanes[l] ? size : lanes[l];
+            bad_lanes[l] += x[j + l] * 0.0f;
+        }
+    for (; j < n; j++) {
+        lanes[0] = fabsf(x[j]) > lanes[0] ? fabsf(x[j]) : lanes[0];
+        bad_lanes[0] += x[j] * 0.0f;
+    }
+    for (int l = 0; l < 16; l++) {
+        largest = lanes[l] > largest ? lanes[l] : largest;
+        bad += bad_lanes[l];
     }
     const float scale = largest / 127.0f, inverse = scale >= 0x1p-120f && bad == 0.0f ? 1.0f / scale : 0.0f;
-    const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
-    for (ptrdiff_t j = 0; j < n; j++) {
-        const float rounded = inverse == 0.0f ? 0.0f : x[j] * inverse + magic - magic;
-        q[j] = (int8_t)(rounded > 127.0f ? 127.0f : rounded < -127.0f ? -127.0f : rounded);
+    if (inverse == 0.0f) {
+        memset(q, 0, (size_t)n);
+        return bad;
     }
-    return (scale >= 0x1p-120f ? scale : 0.0f) + bad;
+    const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
+    for (j = 0; j < n; j++) {
+        float rounded = x[j] * inverse + magic - magic;
+        rounded = rounded > 127.0f ? 127.0f : rounded;
+        rounded = rounded < -127.0f ? -127.0f : rounded;
+        q[j] = (int8_t)(int32_t)rounded;
+    }
+    return scale;
 }
 
 /* A table in int8, a scale per row; converted a row at a time. */

@@ -105,16 +105,19 @@ static void FB_ISA_NAME(s8_pack)(ptrdiff_t n, ptrdiff_t k, const int8_t *w, ptrd
     for (ptrdiff_t s = 0; s < n; s += 16, out += s8_strip_bytes(k)) {
         int32_t *sums = (int32_t *)(out + fb_k8(k) * 16);
         float *scales = (float *)(sums + 16);
-        for (ptrdiff_t j = 0; j < 16; j++) {
+        memset(out, 0, (size_t)s8_strip_bytes(k));
+        for (ptrdiff_t j = 0; j < 16 && s + j < n; j++) {
             const int8_t *row = w + (s + j) * ldw;
-            const ptrdiff_t depth = s + j < n ? k : 0;
-            sums[j] = 0;
-            scales[j] = s + j < n ? scale_w[s + j] : 0.0f;
-            for (ptrdiff_t p = 0; p < fb_k8(k); p++) {
-                const int8_t x = p < depth ? row[p] : 0;
-                out[p / 4 * 64 + j * 4 + p % 4] = x;
-                sums[j] += x;
-            }
+            int8_t *column = out + j * 4;
+            ptrdiff_t p = 0;
+            for (; p + 4 <= k; p += 4, column += 64)
+                memcpy(column, row + p, 4);
+            memcpy(column, row + p, (size_t)(k - p));
+            int32_t sum = 0;
+            for (p = 0; p < k; p++)
+                sum += row[p];
+            sums[j] = sum;
+            scales[j] = scale_w[s + j];
         }
     }
 }
