@@ -17,26 +17,32 @@ static uint64_t xgetbv0(void)
 }
 #endif
 
-/* Bit numbers: Intel SDM volume 2A, CPUID leaves 1 and 7; volume 1, 13.3 (XCR0). */
+/* Bit numbers: Intel SDM volume 2A, CPUID leaves 1, 7.0 and 7.1; volume 1, 13.3 (XCR0). */
 enum { EAX, EBX, ECX, EDX };
+enum { LEAF_1, LEAF_7, LEAF_7_1, LEAVES };
 static const struct {
     uint8_t leaf, reg, bit;
     uint8_t zmm; /* needs the OS to save opmask and zmm registers */
     uint32_t feature;
 } table[] = {
-    {1, ECX, 12, 0, FB_CPU_FMA},      {1, ECX, 29, 0, FB_CPU_F16C},       {7, EBX, 5, 0, FB_CPU_AVX2},
-    {7, EBX, 16, 1, FB_CPU_AVX512F},  {7, EBX, 17, 1, FB_CPU_AVX512DQ},   {7, EBX, 30, 1, FB_CPU_AVX512BW},
-    {7, EBX, 31, 1, FB_CPU_AVX512VL}, {7, ECX, 11, 1, FB_CPU_AVX512VNNI},
+    {LEAF_1, ECX, 12, 0, FB_CPU_FMA},      {LEAF_1, ECX, 29, 0, FB_CPU_F16C},
+    {LEAF_7, EBX, 5, 0, FB_CPU_AVX2},      {LEAF_7, EBX, 16, 1, FB_CPU_AVX512F},
+    {LEAF_7, EBX, 17, 1, FB_CPU_AVX512DQ}, {LEAF_7, EBX, 30, 1, FB_CPU_AVX512BW},
+    {LEAF_7, EBX, 31, 1, FB_CPU_AVX512VL}, {LEAF_7, ECX, 11, 1, FB_CPU_AVX512VNNI},
+    {LEAF_7_1, EAX, 4, 0, FB_CPU_AVXVNNI},
 };
 
 uint32_t fb_cpu_features(void)
 {
-    uint32_t leaf0[4], leaves[8][4] = {{0}};
+    uint32_t leaf0[4], leaves[LEAVES][4] = {{0}};
     cpuid(0, 0, leaf0);
-    cpuid(1, 0, leaves[1]);
-    if (leaf0[EAX] >= 7)
-        cpuid(7, 0, leaves[7]);
-    const uint32_t osxsave = leaves[1][ECX] >> 27 & 1;
+    cpuid(1, 0, leaves[LEAF_1]);
+    if (leaf0[EAX] >= 7) {
+        cpuid(7, 0, leaves[LEAF_7]);
+        if (leaves[LEAF_7][EAX] >= 1) /* the highest sub-leaf */
+            cpuid(7, 1, leaves[LEAF_7_1]);
+    }
+    const uint32_t osxsave = leaves[LEAF_1][ECX] >> 27 & 1;
     const uint64_t saved = osxsave ? xgetbv0() : 0;
     const int ymm = (saved & 0x06) == 0x06, zmm = (saved & 0xe6) == 0xe6;
     uint32_t features = 0;

