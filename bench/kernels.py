@@ -1,12 +1,13 @@
-"""Times the cases below on every kernel set, beside the multiply-add peak of the same core in the same run.
+"""Times the cases below on every kernel set, beside the peak of the same core in the same run.
 
     python -m bench.kernels [--isa NAME[,NAME]] [--rounds N] [--json PATH]
 
 Each case is checked against float64, then timed warm: in every round each kernel set runs each case once, repeated to
-at least SAMPLE_S, with a short run of its peak (bench/peak.c) before and after. Printed: median and quartiles over the
-rounds. `share` is the median of GFLOP/s by the mean of the two peaks, so that a change of clock, or a neighbour on the
-same core, weighs on both. GB/s counts operands and result once. Row operations are in nanoseconds per element. One
-thread, pinned to one core.
+at least SAMPLE_S, with a short run of its peak (bench/peak.c) before and after: fused multiply-adds for gemm_f32, VNNI
+dot products of bytes for gemm_s8 on the sets that have them. Printed: median and quartiles over the rounds. `share` is
+the median of the rate by the mean of the two peaks, so that a change of clock, or a neighbour on the same core, weighs
+on both; `by gemm_f32` the median over the rounds of the rate by that of gemm_f32 of the same shape and kernel set. GB/s
+counts operands and result once. Row operations are in nanoseconds per element. One thread, pinned to one core.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -27,20 +29,32 @@ from tqdm import tqdm
 
 from bench.common import ROOT, environment, markdown, pin, spread
 from fastbert._kernels import KernelSet, kernel_sets
-from tests.cases import Case, Expected, GemmF32, LayerNormF32, SoftmaxF32, aligned, seeded
+from tests.cases import (
+    Case,
+    Expected,
+    GemmF32,
+    GemmS8,
+    LayerNormF32,
+    MixF32,
+    QuantizeU8,
+    SoftmaxF32,
+    aligned,
+    seeded,
+)
 from tests.toolchain import compile_c, isa_rows
 
 SAMPLE_S = 0.004  # of a case; a quarter of it for each peak
 LAYERS = [(768, 768), (3072, 768), (768, 3072), (384, 384), (1536, 384), (128, 128), (512, 128)]  # n, k
+UNITS = {"gemm_f32": "GFLOP/s", "gemm_s8": "GOP/s"}  # of the other ops: ns/element
 CASES: list[Case] = [
-    *(GemmF32(m, n, k) for m in (128, 32, 8, 1) for n, k in LAYERS),
-    GemmF32(128, 3072, 768, "gelu", bias=True),
-    GemmF32(128, 3072, 768, "gelu_tanh", bias=True),
-    GemmF32(128, 768, 3072, bias=True, residual=True),
+    *(op(m, n, k) for m in (128, 32, 8, 1) for n, k in LAYERS for op in (GemmF32, GemmS8)),
+    *(op(128, 3072, 768, act, bias=True) for act in ("gelu", "gelu_tanh") for op in (GemmF32, GemmS8)),
+    *(op(128, 768, 3072, bias=True, residual=True) for op in (GemmF32, GemmS8)),
     GemmF32(128, 128, 64),  # scores and context of one attention head
     GemmF32(128, 64, 128),
     *(SoftmaxF32(128, n) for n in (16, 128, 512)),
     *(LayerNormF32(128, n) for n in (128, 384, 768)),
+    *(op(128, n) for n in (128, 384, 768, 1536, 3072) for op in (MixF32, QuantizeU8)),
 ]
 
 
@@ -51,7 +65,9 @@ class Timed:
     run: Callable[[int], None]
     work: float
     repeat: int = 1
+    peak: Timed | None = None
     samples: list[float] = field(default_factory=list)  # units per second, a value a round
+    shares: list[float] = field(default_factory=list)  # of the peak, a value a round
 
     def sample(self) -> float:
         begin = time.perf_counter()
@@ -60,6 +76,15 @@ class Timed:
         self.samples.append(self.work * self.repeat / seconds)
         return seconds
 
+    def sample_beside_peak(self) -> None:
+        if self.peak is None:
+            self.sample()
+            return
+        self.peak.sample()
+        self.sample()
+        self.peak.sample()
+        self.shares.append(self.samples[-1] / mean(self.peak.samples[-2:]))
+
     def warm(self, seconds: float) -> None:
         """Finds how many runs last so long."""
         while (spent := self.sample()) < seconds:
@@ -67,74 +92,74 @@ class Timed:
         self.samples.clear()
 
 
-def peak(isa: str, folder: Path) -> Timed | None:
-    """bench/peak.c with the flags of this kernel set; None if those have no multiply-add of vectors."""
+def peaks(isa: str, folder: Path) -> dict[str, Timed]:
+    """The functions of bench/peak.c that the flags of this kernel set allow, by the op that each is the peak of."""
     flags = next(row.flags for row in isa_rows() if row.name == isa)
     library = folder / f"peak_{isa}.so"
     options = ["-O3", "-ffp-contract=fast", "-shared", "-fPIC"]
     compiled = compile_c(*options, *flags, ROOT / "bench" / "peak.c", "-o", library)
-    if "no vector multiply-add" in compiled.stderr:
-        return None
     if compiled.returncode:
         raise SystemExit(f"bench/peak.c: the C compiler says: {compiled.stderr}")
-    function = ctypes.CDLL(str(library)).peak
-    function.restype = ctypes.c_double
-    function.argtypes = [ctypes.c_long, ctypes.POINTER(ctypes.c_float)]
-    chains = (ctypes.c_float * 12)(*np.linspace(0, 1, 12))
-    return Timed(lambda repeat: function(repeat, chains), function(1, chains), repeat=1000)
+    loaded = ctypes.CDLL(str(library))
+    starts = {"gemm_f32": (loaded.peak_f32, ctypes.c_float), "gemm_s8": (loaded.peak_s8, ctypes.c_int)}
+    found = {}
+    for op, (function, number) in starts.items():
+        function.restype = ctypes.c_double
+        function.argtypes = [ctypes.c_long, ctypes.POINTER(number)]
+        run = partial(lambda chains, function, repeat: function(repeat, chains), (number * 12)(*range(12)), function)
+        if work := run(1):
+            found[op] = Timed(run, work, repeat=1000)
+            found[op].warm(SAMPLE_S / 4)
+    return found
 
 
-def prepare(case: Case, kernels: KernelSet) -> Timed:
+def prepare(case: Case, kernels: KernelSet, peak: Timed | None) -> Timed:
     operands = case.operands(seeded(case, 1))
     out = aligned("out", np.zeros(case.out_shape(), np.float32))
     run = case.bind(kernels, operands, out)
     run(1)
     Expected(f"{kernels.isa} {case.op} {case}", case.truth(operands), case.bound(operands), bits=None).check(out)
-    return Timed(run, case.flops() or out.size)
+    return Timed(run, case.flops() or operands["x"].size, peak=peak)
 
 
 def measure(isas: list[str], rounds: int) -> list[dict[str, object]]:
-    """A row for each kernel set and case; rates are per second: of floating-point operations or elements, and bytes."""
+    """A row for each peak, kernel set and case; rates are per second: of operations or elements, and bytes."""
     with tempfile.TemporaryDirectory() as folder:
-        peaks = {isa: peak(isa, Path(folder)) for isa in isas}
-    timed = {isa: [prepare(case, KernelSet(isa)) for case in CASES] for isa in isas}
+        top = {isa: peaks(isa, Path(folder)) for isa in isas}
+    timed = {isa: {case: prepare(case, KernelSet(isa), top[isa].get(case.op)) for case in CASES} for isa in isas}
     for isa in tqdm(isas, "warming", leave=False):
-        for what in timed[isa]:
+        for what in timed[isa].values():
             what.warm(SAMPLE_S)
-        if peaks[isa]:
-            peaks[isa].warm(SAMPLE_S / 4)
-            peaks[isa].sample()
     for _ in tqdm(range(rounds), "rounds", leave=False):
         for isa in isas:
-            for what in timed[isa]:
-                what.sample()
-                if peaks[isa]:
-                    peaks[isa].sample()
+            for what in timed[isa].values():
+                what.sample_beside_peak()
     rows: list[dict[str, object]] = []
     for isa in isas:
-        top = peaks[isa].samples if peaks[isa] else []  # top[i] before, top[i + 1] after sample i of the run
-        if top:
-            rows.append({"isa": isa, "op": "peak", "case": "", "unit": "flop", **spread(top)})
-        for i, (case, what) in enumerate(zip(CASES, timed[isa], strict=True)):
+        for op, peak in top[isa].items():
+            rows.append({"isa": isa, "op": op, "case": "peak", **spread(peak.samples)})
+        for case, what in timed[isa].items():
             row = {"isa": isa, "op": case.op, "case": str(case), **spread(what.samples)}
-            row["unit"] = "flop" if case.flops() else "element"
             row["bytes"] = row["median"] / what.work * case.moved_bytes()
-            if top and case.flops():
-                beside = [mean(top[j : j + 2]) for j in range(i, len(top) - 1, len(CASES))]
-                row["share"] = median(x / y for x, y in zip(what.samples, beside, strict=True))
+            if what.shares:
+                row["share"] = median(what.shares)
+            if isinstance(case, GemmS8):
+                f32 = timed[isa][GemmF32(case.m, case.n, case.k, case.act, case.bias, case.residual)].samples
+                row["by_f32"] = median(x / y for x, y in zip(what.samples, f32, strict=True))
             rows.append(row)
     return rows
 
 
 def cells(row: dict[str, Any]) -> list[str]:
     low, middle, high = row["low"], row["median"], row["high"]
-    if row["unit"] == "flop":
-        rate = f"{middle / 1e9:.1f} ({low / 1e9:.1f} - {high / 1e9:.1f}) GFLOP/s"
+    if row["op"] in UNITS:
+        rate = f"{middle / 1e9:.1f} ({low / 1e9:.1f} - {high / 1e9:.1f}) {UNITS[row['op']]}"
     else:
         rate = f"{1e9 / middle:.3f} ({1e9 / high:.3f} - {1e9 / low:.3f}) ns/element"
     share = f"{row['share']:.0%}" if "share" in row else ""
+    ratio = f"{row['by_f32']:.2f}" if "by_f32" in row else ""
     traffic = f"{row['bytes'] / 1e9:.1f}" if "bytes" in row else ""
-    return [row["isa"], row["op"], row["case"], rate, share, traffic]
+    return [row["isa"], row["op"], row["case"], rate, share, ratio, traffic]
 
 
 def main() -> None:
@@ -146,13 +171,15 @@ def main() -> None:
     arguments = parser.parse_args()
     pin(1)
     machine = environment()
-    gemms = {isa: KernelSet(isa).gemm_f32_name for isa in arguments.isa.split(",")}
-    rows = measure(list(gemms), arguments.rounds)
-    print(f"{machine['cpu']}, one core, commit {machine['commit']}; {', '.join(gemms.values())}\n")
-    header = ["kernel set", "op", "case", "median (quartiles)", "share of peak", "GB/s"]
+    isas = arguments.isa.split(",")
+    gemms = {isa: [KernelSet(isa).gemm_f32_name, KernelSet(isa).gemm_s8_name] for isa in isas}
+    rows = measure(isas, arguments.rounds)
+    names = dict.fromkeys(name for both in gemms.values() for name in both)
+    print(f"{machine['cpu']}, one core, commit {machine['commit']}; {', '.join(names)}\n")
+    header = ["kernel set", "op", "case", "median (quartiles)", "share of peak", "by gemm_f32", "GB/s"]
     print(markdown(header, [cells(row) for row in rows]))
     if arguments.json:
-        report = {"environment": machine, "gemm_f32": gemms, "rows": rows}
+        report = {"environment": machine, "gemms": gemms, "rows": rows}
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")
 
 

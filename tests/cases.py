@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import math
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
-from fastbert._kernels import KC, KernelSet
 from numpy.typing import NDArray
+
+from fastbert._kernels import KC, KernelSet, k8
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
-Operands = dict[str, F32]
+Operands = dict[str, NDArray[Any]]
 
 U = 2.0**-24  # half a unit in the last place of 1: the relative error of one float32 operation
 TINY = 2.0**-149  # smallest float32: the absolute error of an operation that underflows
@@ -44,7 +46,7 @@ def aligned(name: str, values: NDArray[np.generic]) -> NDArray[np.generic]:
 
 
 class Case(Protocol):
-    """One case of one op. Operands are float32; out is what the kernel writes, [rows][n]."""
+    """One case of one op. out is what the kernel writes, [rows][n]; where that is not all float32, a float32 copy."""
 
     op: ClassVar[str]
 
@@ -72,7 +74,10 @@ class Case(Protocol):
         """Results of plausible mistakes, each of which a check must refuse."""
         ...
 
-    def flops(self) -> int: ...
+    def flops(self) -> int:
+        """Additions and multiplications of a linear layer; 0 for what is reported per element of x."""
+        ...
+
     def moved_bytes(self) -> int:
         """Operands and result, each once."""
         ...
@@ -199,11 +204,16 @@ ACTIVATIONS = {
 # ---- the ops ----
 
 
-@dataclass(frozen=True)
-class GemmF32:
-    """out [m][n] = residual + act(a [m][k] * w [n][k]^T + bias)."""
+def signed(rng: np.random.Generator, *shape: int) -> F32:
+    """No element is small, so that no product of two may be missed."""
+    return (rng.uniform(0.5, 1.5, shape) * rng.choice([-1, 1], shape)).astype(np.float32)
 
-    op: ClassVar[str] = "gemm_f32"
+
+@dataclass(frozen=True)
+class Linear(ABC):
+    """out [m][n] = residual + act(sums + bias): what the linear layers share. W is packed; columns of it may be cut."""
+
+    op: ClassVar[str]
     m: int
     n: int
     k: int
@@ -215,56 +225,68 @@ class GemmF32:
         fused = [self.act] * (self.act != "none") + ["bias"] * self.bias + ["residual"] * self.residual
         return "-".join([f"m{self.m}n{self.n}k{self.k}", *fused])
 
+    @abstractmethod
+    def factors(self, rng: np.random.Generator) -> Operands:
+        """Operands whose sums have about unit variance."""
+
+    @abstractmethod
+    def packed_bytes(self, kernels: KernelSet, n: int) -> int: ...
+
+    @abstractmethod
+    def pack(self, kernels: KernelSet, operands: Operands, packed: NDArray[np.uint8]) -> None: ...
+
+    @abstractmethod
+    def multiply(
+        self, kernels: KernelSet, operands: Operands, packed: NDArray[np.uint8], out: F32, repeat: int = 1
+    ) -> None: ...
+
+    @abstractmethod
+    def sums(self, operands: Operands) -> F64:
+        """Without the bias, in float64."""
+
+    @abstractmethod
+    def sum_bound(self, operands: Operands) -> F64:
+        """The largest error of a sum with its bias."""
+
+    @abstractmethod
+    def sum_bits(self, operands: Operands) -> F32:
+        """A sum with its bias and every rounding of the contract."""
+
+    @abstractmethod
+    def wrong_sums(self, operands: Operands) -> Iterator[tuple[str, Operands]]:
+        """Operands that give the sums of plausible mistakes; k > 0."""
+
     def operands(self, rng: np.random.Generator) -> Operands:
-        """No a or w is small, so that no product may be missed; the sums have about unit variance."""
-
-        def signed(*shape: int) -> F32:
-            return (rng.uniform(0.5, 1.5, shape) * rng.choice([-1, 1], shape)).astype(np.float32)
-
-        operands = {"a": signed(self.m, self.k), "w": signed(self.n, self.k) / np.float32(math.sqrt(max(self.k, 1)))}
+        operands = self.factors(rng)
         if self.bias:
-            operands["bias"] = signed(self.n)
+            operands["bias"] = signed(rng, self.n)
         if self.residual:
-            operands["residual"] = signed(self.m, self.n)
+            operands["residual"] = signed(rng, self.m, self.n)
         return operands
 
     def out_shape(self) -> tuple[int, int]:
         return self.m, self.n
 
     def bind(self, kernels: KernelSet, operands: Operands, out: F32, place: Place = aligned) -> Callable[[int], None]:
-        packed = place("packed", np.zeros(kernels.packed_bytes(self.n, self.k), np.uint8))
-        kernels.pack(operands["w"], packed)
-        a, bias, residual = operands["a"], operands.get("bias"), operands.get("residual")
-        return lambda repeat: kernels.gemm_f32(a, packed, out, bias, self.act, residual, repeat)
-
-    def _sums(self, operands: Operands) -> F64:
-        return operands["a"].astype(np.float64) @ operands["w"].T.astype(np.float64) + operands.get("bias", 0.0)
+        packed = place("packed", np.zeros(self.packed_bytes(kernels, self.n), np.uint8))
+        self.pack(kernels, operands, packed)
+        return lambda repeat: self.multiply(kernels, operands, packed, out, repeat)
 
     def truth(self, operands: Operands) -> F64:
         with np.errstate(all="ignore"):
-            return ACTIVATIONS[self.act].exact(self._sums(operands)) + operands.get("residual", 0.0)
+            sums = self.sums(operands) + operands.get("bias", 0.0)
+            return ACTIVATIONS[self.act].exact(sums) + operands.get("residual", 0.0)
 
     def bound(self, operands: Operands) -> F64:
-        """A chain, the sum of the blocks and the bias; through the activation; the addition of the residual."""
-        act, sums = ACTIVATIONS[self.act], self._sums(operands)
-        magnitude = np.abs(operands["a"]).astype(np.float64) @ np.abs(operands["w"]).T.astype(np.float64)
-        magnitude += np.abs(operands.get("bias", 0.0))
-        roundings = min(self.k, KC) + -(-self.k // KC) + 2
-        before = roundings * (U * magnitude + TINY)
-        return act.slope * before + act.bound(sums) + U * np.abs(self.truth(operands)) * self.residual
+        """The sum and the bias; through the activation; the addition of the residual."""
+        act, sums = ACTIVATIONS[self.act], self.sums(operands) + operands.get("bias", 0.0)
+        return act.slope * self.sum_bound(operands) + act.bound(sums) + U * np.abs(self.truth(operands)) * self.residual
 
     def bits(self, operands: Operands) -> F32 | None:
         if self.act not in ("none", "relu"):
             return None
         with np.errstate(all="ignore"):
-            a, w = operands["a"], operands["w"]
-            total = np.zeros(self.out_shape(), np.float32)
-            for begin in range(0, self.k, KC):
-                block = np.zeros_like(total)
-                for p in range(begin, min(begin + KC, self.k)):
-                    block = fma(a[:, p, None], w[None, :, p], block)
-                total = total + block if begin else block
-            total = total + operands.get("bias", np.float32(0))
+            total = self.sum_bits(operands)
             if self.act == "relu":
                 total = np.maximum(total, np.float32(0))
             return total + operands.get("residual", np.float32(0))
@@ -274,8 +296,8 @@ class GemmF32:
             return
         if self.act == "none":
             if self.k:
-                shorter = operands["a"] * (np.arange(self.k) < self.k - 1)
-                yield "last product left out", self.truth({**operands, "a": shorter})
+                for mistake, mistaken in self.wrong_sums(operands):
+                    yield mistake, self.truth(mistaken)
             for name in ("bias", "residual"):
                 if name in operands:
                     yield f"{name} left out", self.truth({key: x for key, x in operands.items() if key != name})
@@ -288,8 +310,127 @@ class GemmF32:
         return 2 * self.m * self.n * self.k
 
     def moved_bytes(self) -> int:
+        factors = self.factors(np.random.default_rng(0)).values()
+        return sum(x.nbytes for x in factors) + 4 * (self.m * self.n * (1 + self.residual) + self.n * self.bias)
+
+
+@dataclass(frozen=True)
+class GemmF32(Linear):
+    """sums = a [m][k] * w [n][k]^T."""
+
+    op: ClassVar[str] = "gemm_f32"
+
+    def factors(self, rng: np.random.Generator) -> Operands:
+        return {
+            "a": signed(rng, self.m, self.k),
+            "w": signed(rng, self.n, self.k) / np.float32(math.sqrt(max(self.k, 1))),
+        }
+
+    def packed_bytes(self, kernels: KernelSet, n: int) -> int:
+        return kernels.packed_bytes(n, self.k)
+
+    def pack(self, kernels: KernelSet, operands: Operands, packed: NDArray[np.uint8]) -> None:
+        kernels.pack(operands["w"], packed)
+
+    def multiply(
+        self, kernels: KernelSet, operands: Operands, packed: NDArray[np.uint8], out: F32, repeat: int = 1
+    ) -> None:
+        fused = operands.get("bias"), self.act, operands.get("residual")
+        kernels.gemm_f32(operands["a"], packed, out, *fused, repeat)
+
+    def sums(self, operands: Operands) -> F64:
+        return operands["a"].astype(np.float64) @ operands["w"].T.astype(np.float64)
+
+    def sum_bound(self, operands: Operands) -> F64:
+        """A chain, the sum of the blocks and the bias."""
+        magnitude = np.abs(operands["a"]).astype(np.float64) @ np.abs(operands["w"]).T.astype(np.float64)
+        magnitude += np.abs(operands.get("bias", 0.0))
+        return (min(self.k, KC) + -(-self.k // KC) + 2) * (U * magnitude + TINY)
+
+    def sum_bits(self, operands: Operands) -> F32:
+        a, w = operands["a"], operands["w"]
+        total = np.zeros(self.out_shape(), np.float32)
+        for begin in range(0, self.k, KC):
+            block = np.zeros_like(total)
+            for p in range(begin, min(begin + KC, self.k)):
+                block = fma(a[:, p, None], w[None, :, p], block)
+            total = total + block if begin else block
+        return total + operands.get("bias", np.float32(0))
+
+    def wrong_sums(self, operands: Operands) -> Iterator[tuple[str, Operands]]:
+        yield "last product left out", {**operands, "a": operands["a"] * (np.arange(self.k) < self.k - 1)}
+
+
+@dataclass(frozen=True)
+class GemmS8(Linear):
+    """sums = (a [m][:k] - zero [m]) * w [n][k]^T * scale_a [m] * scale_w [n]; a is u8 [m][k8(k)], w s8.
+
+    extreme: every w is -127 or 127, every a and zero 0 or 255.
+    """
+
+    op: ClassVar[str] = "gemm_s8"
+    extreme: bool = False
+
+    def __str__(self) -> str:
+        return super().__str__() + "-extreme" * self.extreme
+
+    def factors(self, rng: np.random.Generator) -> Operands:
+        """No w or a - zero is small. What a holds beyond k is as large as any."""
         m, n, k = self.m, self.n, self.k
-        return 4 * (m * k + n * k + m * n + n * self.bias + m * n * self.residual)
+        if self.extreme:  # whole rows and columns of one sign, and mixed ones
+            row, column = np.arange(m)[:, None], np.arange(n)[:, None]
+            zero = np.where(np.arange(m) // 3 % 2, 0, 255)
+            a = np.choose(row % 3, [0, 255, rng.choice([0, 255], (m, k8(k)))])
+            w = np.choose(column % 3, [127, -127, rng.choice([-127, 127], (n, k))])
+        else:
+            zero = rng.integers(0, 256, m)
+            a = (zero[:, None] + rng.integers(32, 225, (m, k8(k)))) % 256  # a - zero: +-32 .. +-224
+            w = rng.integers(32, 128, (n, k)) * rng.choice([-1, 1], (n, k))
+            a[:, k:] = rng.integers(1, 256, a[:, k:].shape)
+        deviation = 100 * 80 * math.sqrt(max(k, 1))  # of a sum of integers, about
+        return {
+            "a": a.astype(np.uint8),
+            "scale_a": rng.uniform(0.5, 1.5, m).astype(np.float32),
+            "zero": zero.astype(np.int32),
+            "w": w.astype(np.int8),
+            "scale_w": (rng.uniform(0.5, 1.5, n) / deviation).astype(np.float32),
+        }
+
+    def packed_bytes(self, kernels: KernelSet, n: int) -> int:
+        return kernels.packed_bytes_s8(n, self.k)
+
+    def pack(self, kernels: KernelSet, operands: Operands, packed: NDArray[np.uint8]) -> None:
+        kernels.pack_s8(operands["w"], operands["scale_w"], packed)
+
+    def multiply(
+        self, kernels: KernelSet, operands: Operands, packed: NDArray[np.uint8], out: F32, repeat: int = 1
+    ) -> None:
+        a, scale_a, zero = operands["a"], operands["scale_a"], operands["zero"]
+        fused = operands.get("bias"), self.act, operands.get("residual")
+        kernels.gemm_s8(a, self.k, scale_a, zero, packed, out, *fused, repeat)
+
+    def _exact(self, operands: Operands) -> NDArray[np.int64]:
+        """The sums of integers. Products and sums in float64 are exact: all are below 2^53."""
+        a = operands["a"][:, : self.k].astype(np.float64) - operands["zero"][:, None]
+        return (a @ operands["w"].T.astype(np.float64)).astype(np.int64)
+
+    def sums(self, operands: Operands) -> F64:
+        return self._exact(operands) * operands["scale_a"][:, None].astype(np.float64) * operands["scale_w"]
+
+    def sum_bound(self, operands: Operands) -> F64:
+        """The conversion of the integer, the product of the scales, the fma."""
+        return 3 * (U * (np.abs(self.sums(operands)) + np.abs(operands.get("bias", 0.0))) + TINY)
+
+    def sum_bits(self, operands: Operands) -> F32:
+        scale = operands["scale_a"][:, None] * operands["scale_w"]
+        return fma(self._exact(operands).astype(np.float32), scale, operands.get("bias", np.float32(0)))
+
+    def wrong_sums(self, operands: Operands) -> Iterator[tuple[str, Operands]]:
+        a, zero = operands["a"].copy(), operands["zero"]
+        a[:, self.k - 1] = zero
+        yield "last product left out", {**operands, "a": a}
+        yield "zero points left out", {**operands, "zero": np.zeros_like(zero)}
+        yield "weights' scales left out", {**operands, "scale_w": np.ones_like(operands["scale_w"])}
 
 
 @dataclass(frozen=True)
@@ -425,4 +566,190 @@ class LayerNormF32:
         return 4 * (2 * self.rows * self.n + 2 * self.n)
 
 
-OPS: dict[str, type[Case]] = {op.op: op for op in (GemmF32, SoftmaxF32, LayerNormF32)}
+@dataclass(frozen=True)
+class MixF32:
+    """out [rows][n] = M x; inplace: out is x.
+
+    M is the Kronecker product of 16-lane identity, Hadamard matrix and reflection: truth and bound are made from that
+    matrix, bits from the order of additions.
+    """
+
+    op: ClassVar[str] = "mix_f32"
+    rows: int
+    n: int
+    inplace: bool = False
+
+    def __str__(self) -> str:
+        return f"rows{self.rows}n{self.n}" + "-inplace" * self.inplace
+
+    def operands(self, rng: np.random.Generator) -> Operands:
+        return {"x": rng.standard_normal((self.rows, self.n)).astype(np.float32)}
+
+    def out_shape(self) -> tuple[int, int]:
+        return self.rows, self.n
+
+    def bind(self, kernels: KernelSet, operands: Operands, out: F32, place: Place = aligned) -> Callable[[int], None]:
+        x = operands["x"]
+        if self.inplace:
+            out[...] = x
+            x = out
+        return lambda repeat: kernels.mix_f32(x, out, repeat)
+
+    def sizes(self) -> tuple[int, int, bool]:
+        """Lanes of a vector, vectors of a butterfly, whether three runs of that are reflected; (1, 1, False): M = I."""
+        vectors = self.n // 16
+        if vectors == 0 or self.n % 16:
+            return 1, 1, False
+        butterfly = min(vectors & -vectors, 64)
+        return 16, butterfly, vectors % (3 * butterfly) == 0
+
+    def matrix(self) -> F64:
+        """What M does to vectors of lanes [n / lanes][n / lanes]."""
+        lanes, butterfly, threes = self.sizes()
+        m = np.ones((1, 1))
+        while len(m) < butterfly:
+            m = np.kron([[1, 1], [1, -1]], m)
+        if threes:
+            m = np.kron(np.eye(3) - 2 / 3, m)
+        return np.kron(np.eye(self.n // lanes // len(m)), m)
+
+    def mixed(self, m: F64, x: NDArray[np.floating]) -> F64:
+        """m applied to the vectors of each row."""
+        return (m @ x.astype(np.float64).reshape(self.rows, len(m), self.sizes()[0])).reshape(self.out_shape())
+
+    def truth(self, operands: Operands) -> F64:
+        return self.mixed(self.matrix(), operands["x"])
+
+    def bound(self, operands: Operands) -> F64:
+        """One rounding for each stage of the butterfly. In the reflection m has four, of up to twice what the matrix of
+        absolute values gives (factors 2 / 3 for 1 / 3), and the difference has one. One more for the second order."""
+        _, butterfly, threes = self.sizes()
+        roundings = math.log2(butterfly) + (4 * 2 + 1) * threes + 1
+        return roundings * (U * self.mixed(np.abs(self.matrix()), np.abs(operands["x"])) + TINY)
+
+    def bits(self, operands: Operands) -> F32:
+        lanes, butterfly, threes = self.sizes()
+        x, half = operands["x"], 1
+        with np.errstate(all="ignore"):
+            while half < butterfly:
+                a, b = np.moveaxis(x.reshape(self.rows, self.n // (2 * half * lanes), 2, half * lanes), 2, 0)
+                x, half = np.stack([a + b, a - b], axis=2), 2 * half
+            if threes:
+                run = butterfly * lanes
+                a, b, c = np.moveaxis(x.reshape(self.rows, self.n // (3 * run), 3, run), 2, 0)
+                m = ((a + b) + c) * (np.float32(2) / np.float32(3))
+                x = np.stack([a - m, b - m, c - m], axis=2)
+        return x.reshape(self.out_shape())
+
+    def wrong(self, operands: Operands) -> Iterator[tuple[str, F64]]:
+        lanes, butterfly, threes = self.sizes()
+        if self.rows == 0:
+            return
+        truth, x = self.truth(operands), operands["x"].astype(np.float64)
+        if butterfly > 1 or threes:
+            yield "not mixed", x
+            yield "lanes in the wrong order", np.roll(truth, 1, axis=1)
+        if butterfly > 1:
+            yield "scaled to length 1", truth / math.sqrt(butterfly)
+        if threes:
+            run = butterfly * lanes
+            groups = truth.reshape(self.rows, self.n // (3 * run), 3, run)
+            yield "not reflected", (groups - groups.sum(axis=2, keepdims=True) * (2 / 3)).reshape(x.shape)
+
+    def flops(self) -> int:
+        return 0
+
+    def moved_bytes(self) -> int:
+        return 8 * self.rows * self.n
+
+
+@dataclass(frozen=True)
+class QuantizeU8:
+    """out [rows][k8(k) + 2] = q, zero, scale of x [rows][k]: copies of what the kernel writes, in float32.
+
+    truth is q and zero before rounding; bits are exact. Of a row with a NaN or an infinity the contract prescribes the
+    NaN scale alone; there bits are what its formulas give when maxima pass over NaN and NaN counts as 0 in q.
+    """
+
+    op: ClassVar[str] = "quantize_u8"
+    rows: int
+    k: int
+
+    def __str__(self) -> str:
+        return f"rows{self.rows}k{self.k}"
+
+    def operands(self, rng: np.random.Generator) -> Operands:
+        """Rows of positive, mixed and negative elements in turn."""
+        x = rng.uniform(1, 5, (self.rows, self.k)) - 3 * (np.arange(self.rows) % 3)[:, None]
+        return {"x": x.astype(np.float32)}
+
+    def out_shape(self) -> tuple[int, int]:
+        return self.rows, k8(self.k) + 2
+
+    def bind(self, kernels: KernelSet, operands: Operands, out: F32, place: Place = aligned) -> Callable[[int], None]:
+        q = place("q", np.full((self.rows, k8(self.k)), 255, np.uint8))
+        zero = place("zero", np.full(self.rows, -1, np.int32))
+        scale = place("scale", np.full(self.rows, -1, np.float32))
+
+        def run(repeat: int) -> None:
+            kernels.quantize_u8(operands["x"], q, scale, zero, repeat)
+            out[:, :-2], out[:, -2], out[:, -1] = q, zero, scale
+
+        return run
+
+    def _out(self, q: NDArray[Any], zero: NDArray[Any], scale: NDArray[Any]) -> NDArray[Any]:
+        out = np.zeros(self.out_shape(), scale.dtype)
+        out[:, : self.k], out[:, -2], out[:, -1] = q, zero, scale
+        return out
+
+    def _truth(self, x: F64, high: F64, low: F64) -> F64:
+        with np.errstate(all="ignore"):
+            scale = (high - low) / 255
+            inverse = np.where(scale > 0, 1 / scale, 0.0)
+            return self._out(np.clip(x * inverse[:, None] + (-low * inverse)[:, None], 0, 255), -low * inverse, scale)
+
+    def truth(self, operands: Operands) -> F64:
+        x = operands["x"].astype(np.float64)
+        return self._truth(x, x.max(axis=1, initial=0), x.min(axis=1, initial=0))
+
+    def bound(self, operands: Operands) -> F64:
+        """scale: two quotients, of one sign, and their difference. The inverse and the product with it are one more
+        each, of values up to 255; then zero is rounded to an integer, and so is the other term of q."""
+        off = np.full(self.rows, 255 * 5 * U)
+        scale = self.truth(operands)[:, -1]
+        return self._out(1 + np.repeat(off[:, None], self.k, axis=1), 0.5 + off, 2 * U * scale + 2 * TINY)
+
+    def bits(self, operands: Operands) -> F32:
+        x = operands["x"]
+        with np.errstate(all="ignore"):
+            high = np.fmax.reduce(x, axis=1, initial=np.float32(0))
+            low = np.fmin.reduce(x, axis=1, initial=np.float32(0))
+            scale = high / np.float32(255) - low / np.float32(255)
+            used = scale >= np.float32(2.0**-120)
+            inverse = np.where(used, np.float32(1) / scale, np.float32(0))
+            zero = np.rint(-low * inverse)
+            q = np.rint(x * inverse[:, None]) + zero[:, None]
+            q = np.where(np.isnan(q), np.float32(0), np.clip(q, 0, 255))
+            finite = np.isfinite(x).all(axis=1)
+            held = np.where(used, scale, np.float32(0))
+            return self._out(q, np.where(finite, zero, 0), np.where(finite, held, np.float32(np.nan)))
+
+    def wrong(self, operands: Operands) -> Iterator[tuple[str, F64]]:
+        if self.rows * self.k == 0:
+            return
+        x, truth = operands["x"].astype(np.float64), self.truth(operands)
+        yield "range without 0", self._truth(x, x.max(axis=1), x.min(axis=1))
+        yield "256 steps", truth * np.where(np.arange(truth.shape[1]) == truth.shape[1] - 1, 255 / 256, 1)
+        padded = truth.copy()
+        padded[:, self.k : -2] = 255
+        if self.k % 64:
+            yield "bytes from k on not cleared", padded
+
+    def flops(self) -> int:
+        return 0
+
+    def moved_bytes(self) -> int:
+        return self.rows * (4 * self.k + k8(self.k) + 8)
+
+
+OPS: dict[str, type[Case]] = {op.op: op for op in (GemmF32, GemmS8, SoftmaxF32, LayerNormF32, MixF32, QuantizeU8)}

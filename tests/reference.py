@@ -3,7 +3,8 @@
 Devlin et al., arXiv:1810.04805, with the conventions of Hugging Face ``transformers`` (names, erf GELU, LayerNorm after
 the residual) and, for sentence vectors, of ``sentence-transformers``. tests/golden holds what those two libraries give.
 
-    config   the keys of config.json, plus "pooling" (names of POOLING), "dense" (names of ACTIVATIONS) and "normalize"
+    config   the keys of config.json, plus "pooling" (names of POOLING), "dense" (names of ACTIVATIONS) and "normalize";
+             "precision": "int8" puts the encoder's linear layers and the word embeddings through eight bits
     weights  arrays by checkpoint name without a prefix; dense.<i>.weight [out, in] and dense.<i>.bias for "dense";
              any float type: the activations are float64 from the first line on, so NumPy computes in float64
     ragged   the tokens of all sequences in one row: ids [tokens], offsets [batch + 1] from 0 to tokens; no padding
@@ -65,6 +66,61 @@ def layer_norm(x: Array, gamma: Array, beta: Array, eps: float) -> Array:
     return d / np.sqrt((d * d).mean(axis=-1, keepdims=True) + eps) * gamma + beta
 
 
+# ---- int8 ----
+#
+# Weights are quantised in their own float32, operation for operation as csrc/kernels.h and csrc/weights.c say, so that
+# these are the engine's integers; activations in float64, so that a tie may round the other way.
+
+
+def mix_run(n: int) -> int:
+    """B of mix_f32: how many vectors of 16 a butterfly joins. M M = B I."""
+    return 1 if n % 16 else min(64, (n // 16) & -(n // 16))
+
+
+def mix(x: NDArray[Any]) -> NDArray[Any]:
+    """Rows times M of mix_f32."""
+    n, run = x.shape[1], mix_run(x.shape[1])
+    stride = 1
+    while stride < run:
+        y = x.reshape(len(x), -1, 2, stride * 16)
+        x = np.stack([y[:, :, 0] + y[:, :, 1], y[:, :, 0] - y[:, :, 1]], axis=2).reshape(-1, n)
+        stride *= 2
+    if n % (48 * run) == 0:
+        y = x.reshape(len(x), -1, 3, run * 16)
+        x = (y - (y[:, :, :1] + y[:, :, 1:2] + y[:, :, 2:]) * (2 / x.dtype.type(3))).reshape(-1, n)
+    return x
+
+
+def _inverse(scale: NDArray[Any]) -> NDArray[Any]:
+    return np.divide(1, scale, out=np.zeros_like(scale), where=scale >= 2.0**-120)
+
+
+def quantize_tokens(x: Array) -> Array:
+    """scale * (q - zero) of quantize_u8, a scale and a zero point per row."""
+    high, low = x.max(axis=1, keepdims=True, initial=0), x.min(axis=1, keepdims=True, initial=0)
+    scale = high / 255 - low / 255
+    inverse = _inverse(scale)
+    zero = np.rint(-low * inverse)
+    return scale * (np.clip(np.rint(x * inverse) + zero, 0, 255) - zero)
+
+
+def quantize_rows(w: NDArray[np.float32]) -> Array:
+    """scale * q, q in -127 .. 127, a scale per row."""
+    scale = np.abs(w).max(axis=1, keepdims=True) / 127
+    return scale.astype(np.float64) * np.clip(np.rint(w * _inverse(scale)), -127, 127)
+
+
+def quantize_weights(weights: Weights) -> Weights:
+    def quantized(name: str, w: NDArray[Any]) -> NDArray[Any]:
+        if name == "embeddings.word_embeddings.weight":
+            return quantize_rows(w)
+        if name.startswith("encoder.") and w.ndim == 2:
+            return quantize_rows(mix(w)) / mix_run(w.shape[1])
+        return w
+
+    return {name: quantized(name, w) for name, w in weights.items()}
+
+
 # ---- one sequence ----
 
 
@@ -73,8 +129,11 @@ def encode(config: Mapping[str, Any], weights: Weights, ids: NDArray[Any], type_
     seq, hidden, heads = len(ids), config["hidden_size"], config["num_attention_heads"]
     head_dim = hidden // heads
     act = ACTIVATIONS[config["hidden_act"]]
+    int8 = config.get("precision") == "int8"  # then forward() has quantised the weights
 
     def linear(name: str, x: Array) -> Array:
+        if int8:
+            x = quantize_tokens(mix(x))
         return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
 
     def norm(name: str, x: Array) -> Array:
@@ -130,6 +189,8 @@ def forward(
 ) -> Outputs:
     """Every sequence by itself, one after the other: what a batch means."""
     types = np.zeros_like(ids) if type_ids is None else type_ids
+    if config.get("precision") == "int8":
+        weights = quantize_weights(weights)
     rows = [encode(config, weights, ids[a:b], types[a:b]) for a, b in pairwise(offsets)]
     pooler = vectors = None
     if "pooler.dense.weight" in weights:

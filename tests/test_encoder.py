@@ -403,7 +403,7 @@ def test_wrong_arguments(encoder: Encoder, arguments: dict[str, Any], error: typ
 @pytest.mark.parametrize(
     "arguments, error, message",
     [
-        ({"precision": "int8"}, ValueError, "precision: expected one of fp32, got 'int8'"),
+        ({"precision": "int4"}, ValueError, "precision: expected one of fp32, int8, got 'int4'"),
         ({"threads": 0}, ValueError, "threads: expected at least 1, got 0"),
         ({"threads": "2"}, TypeError, "threads: expected a whole number, got str"),
         ({"max_seq_length": 0}, ValueError, "max_seq_length: .*512, got 0"),

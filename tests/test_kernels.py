@@ -13,9 +13,9 @@ from itertools import product
 
 import numpy as np
 import pytest
-from fastbert._kernels import ACTS, KC, STRIP, KernelSet, kernel_sets
 from numpy.typing import NDArray
 
+from fastbert._kernels import ACTS, KC, STRIP, KernelSet, kernel_sets, mix_gain
 from tests.cases import (
     ACTIVATIONS,
     F32,
@@ -23,8 +23,12 @@ from tests.cases import (
     Case,
     Expected,
     GemmF32,
+    GemmS8,
     LayerNormF32,
+    Linear,
+    MixF32,
     Operands,
+    QuantizeU8,
     SoftmaxF32,
     U,
     aligned,
@@ -33,9 +37,8 @@ from tests.cases import (
 )
 
 SUPPORTED = [KernelSet(name) for name, supported in kernel_sets() if supported]
-POISON = 0x7FC0DEAD  # the bits of a NaN: it spoils what reads it and shows what writes over it
-WORDS = 16  # float32 in a 64-byte line
-PAGE_WORDS = mmap.PAGESIZE // 4
+POISON = 0xFF  # in every byte; as float32 a NaN: it spoils what reads it and shows what writes over it
+LINE = 64  # bytes
 
 
 # ---- where operands lie ----
@@ -43,7 +46,7 @@ PAGE_WORDS = mmap.PAGESIZE // 4
 
 @dataclass(frozen=True)
 class Layout:
-    """offset: words past a 64-byte line; gap: words between rows; guard: which end touches a page without access."""
+    """offset: elements past a 64-byte line; gap: elements between rows; guard: the end at a page without access."""
 
     offset: int = 0
     gap: int = 0
@@ -59,16 +62,16 @@ LAYOUTS = {
 }
 
 
-def guarded(words: int) -> NDArray[np.uint32]:
-    """Whole pages of at least so many words between two pages that fault on every access."""
-    pages = max(-(-words // PAGE_WORDS), 1)
-    room = np.frombuffer(mmap.mmap(-1, (pages + 2) * mmap.PAGESIZE), np.uint32)
+def guarded(size: int) -> NDArray[np.uint8]:
+    """Whole pages of at least so many bytes between two pages that fault on every access."""
+    pages = max(-(-size // mmap.PAGESIZE), 1)
+    room = np.frombuffer(mmap.mmap(-1, (pages + 2) * mmap.PAGESIZE), np.uint8)
     protect = ctypes.CDLL(None, use_errno=True).mprotect
     for page in (0, pages + 1):
         address = room.ctypes.data + page * mmap.PAGESIZE
         if protect(ctypes.c_void_p(address), ctypes.c_size_t(mmap.PAGESIZE), ctypes.c_int(0)):
             raise OSError(ctypes.get_errno(), "mprotect")
-    return room[PAGE_WORDS:-PAGE_WORDS]
+    return room[mmap.PAGESIZE : -mmap.PAGESIZE]
 
 
 @dataclass
@@ -76,46 +79,47 @@ class Memory:
     """A Place that surrounds operands with poison, and tells afterwards whether they or the poison were written."""
 
     layout: Layout
-    placed: dict[str, tuple[NDArray[np.uint32], NDArray[np.uint32]]] = field(default_factory=dict)
+    placed: dict[str, tuple[NDArray[np.uint8], NDArray[np.generic]]] = field(default_factory=dict)
 
     def __call__(self, name: str, values: NDArray[np.generic]) -> NDArray[np.generic]:
-        source = np.ascontiguousarray(values).view(np.uint32)
-        strides = tuple(s + 4 * self.layout.gap for s in source.strides[:-1]) + source.strides[-1:]
-        extent = 1 + sum((n - 1) * s // 4 for n, s in zip(source.shape, strides, strict=True)) if source.size else 0
+        size = values.itemsize
+        source = np.ascontiguousarray(values).view(f"u{size}")
+        strides = tuple(s + size * self.layout.gap for s in source.strides[:-1]) + source.strides[-1:]
+        extent = size + sum((n - 1) * s for n, s in zip(source.shape, strides, strict=True)) if source.size else 0
         if self.layout.guard:
             room = guarded(extent)
             start = 0 if self.layout.guard == "before" else room.size - extent
         else:
-            room = np.empty(extent + 5 * WORDS, np.uint32)
-            start = -room.ctypes.data // 4 % WORDS + 2 * WORDS + self.layout.offset
+            room = np.empty(extent + 5 * LINE, np.uint8)
+            start = -room.ctypes.data % LINE + 2 * LINE + size * self.layout.offset
         if name == "packed":
-            start -= (room.ctypes.data // 4 + start) % WORDS
+            start -= (room.ctypes.data + start) % LINE
         room[:] = POISON
-        words = np.lib.stride_tricks.as_strided(room[start:], source.shape, strides)
-        words[...] = source
-        self.placed[name] = room, words
-        return words.view(values.dtype)
+        elements = np.ndarray(source.shape, source.dtype, room, start, strides)
+        elements[...] = source
+        self.placed[name] = room, elements
+        return elements.view(values.dtype)
 
     def written(self, operands: Operands) -> list[str]:
         """Names of operands that are no longer what they were, and "around NAME" where the poison is not."""
-        names = [name for name, x in operands.items() if bits(self.placed[name][1]) != bits(x)]
-        for name, (room, words) in self.placed.items():
-            kept = words.copy()
-            words[...] = POISON
+        names = [name for name, x in operands.items() if self.placed[name][1].tobytes() != x.tobytes()]
+        for name, (room, elements) in self.placed.items():
+            kept = elements.copy()
+            elements[...] = np.iinfo(elements.dtype).max
             if (room != POISON).any():
                 names.append(f"around {name}")
-            words[...] = kept
+            elements[...] = kept
         return names
 
 
 def bits(x: NDArray[np.generic]) -> bytes:
     """The bits of float32, all NaNs alike."""
     words = np.ascontiguousarray(x).view(np.uint32)
-    return np.where((words & 0x7FFFFFFF) > 0x7F800000, np.uint32(POISON), words).tobytes()
+    return np.where((words & 0x7FFFFFFF) > 0x7F800000, np.uint32(0x7FC00000), words).tobytes()
 
 
 def unwritten(case: Case) -> F32:
-    return np.full(case.out_shape(), POISON, np.uint32).view(np.float32)
+    return np.full(case.out_shape(), -1, np.int32).view(np.float32)
 
 
 def run(kernels: KernelSet, case: Case, operands: Operands) -> F32:
@@ -131,30 +135,73 @@ def around(*sizes: int) -> list[int]:
     return sorted({size + step for size in sizes for step in (-1, 0, 1)})
 
 
-def gemm_cases() -> list[GemmF32]:
-    tiles = [re.search(r"_(\d+)x(\d+)_", kernels.gemm_f32_name).groups() for kernels in SUPPORTED]
-    rows = sorted({0, *around(*(int(mr) for mr, _ in tiles))})
-    columns = sorted({0, 1, 7, 37, *around(STRIP, 2 * STRIP, 8 * STRIP), *around(*(int(nr) for _, nr in tiles))})
-    depths = [0, 1, 2, 19, *around(KC, 2 * KC)]
-    models = [(128, 128), (512, 128), (128, 512), (384, 384), (1536, 384), (384, 1536), (768, 768), (3072, 768)]
-    shapes = [
-        *((m, n, 23) for m, n in product(rows, columns)),
-        *((5, n, k) for n, k in product(columns, depths)),
-        *((m, n, k) for m in range(1, 41) for n, k in [(33, 70), (131, 9)]),
-        *((m, n, k) for m in (1, 13) for n, k in [*models, (768, 3072)]),
-        *((length, length, size) for length in (7, 64, 128) for size in (32, 64)),  # scores of attention
-        *((length, size, length) for length in (7, 64, 128) for size in (32, 64)),  # context of attention
-    ]
+# Linear layers of models: n, k
+MODELS = [
+    (128, 128),
+    (512, 128),
+    (128, 512),
+    (384, 384),
+    (1536, 384),
+    (384, 1536),
+    (768, 768),
+    (3072, 768),
+    (768, 3072),
+]
+ATTENTION = list(product((7, 64, 128), (32, 64)))  # tokens, head_dim
+
+
+def tile_edges(names: list[str]) -> tuple[list[int], list[int]]:
+    """Rows and columns at the edges of the register tiles that these names tell."""
+    tiles = [re.search(r"_(\d+)x(\d+)_", name).groups() for name in names]
+    rows = {0, *around(*(int(mr) for mr, _ in tiles))}
+    columns = {0, 1, 7, 37, *around(STRIP, 2 * STRIP, 8 * STRIP), *around(*(int(nr) for _, nr in tiles))}
+    return sorted(rows), sorted(columns)
+
+
+def fused(shapes: list[tuple[int, int, int]], op: type[Linear]) -> list[Linear]:
+    """Each shape once, with an activation, bias and residual by lot."""
     draw = random.Random(0)
     plain = [len(ACTS) - 1] + [1] * (len(ACTS) - 1)  # half of the cases without activation: their bits are prescribed
     return [
-        GemmF32(*shape, draw.choices(list(ACTS), plain)[0], draw.random() < 0.5, draw.random() < 0.5)
+        op(*shape, draw.choices(list(ACTS), plain)[0], draw.random() < 0.5, draw.random() < 0.5)
         for shape in dict.fromkeys(shapes)
     ]
 
 
+def gemm_f32_cases() -> list[Linear]:
+    rows, columns = tile_edges([kernels.gemm_f32_name for kernels in SUPPORTED])
+    depths = [0, 1, 2, 19, *around(KC, 2 * KC)]
+    shapes = [
+        *((m, n, 23) for m, n in product(rows, columns)),
+        *((5, n, k) for n, k in product(columns, depths)),
+        *((m, n, k) for m in range(1, 41) for n, k in [(33, 70), (131, 9)]),
+        *((m, n, k) for m in (1, 13) for n, k in MODELS),
+        *((tokens, tokens, size) for tokens, size in ATTENTION),  # scores
+        *((tokens, size, tokens) for tokens, size in ATTENTION),  # context
+    ]
+    return fused(shapes, GemmF32)
+
+
+def gemm_s8_cases() -> list[Linear]:
+    rows, columns = tile_edges([kernels.gemm_s8_name for kernels in SUPPORTED])
+    shapes = [
+        *((m, n, 23) for m, n in product(rows, columns)),
+        *((5, n, 65) for n in range(1, 50)),
+        *((3, 37, k) for k in range(71)),
+        *((m, n, k) for m in range(1, 41) for n, k in [(33, 70), (131, 9)]),
+        *((m, n, k) for m in (1, 13) for n, k in MODELS),
+    ]
+    sizes = [*((13, 70, k) for k in (1, 3, 4, 63, 64, 65, 768, 3072)), *((mn, mn, 65536) for mn in range(1, 17))]
+    extreme = [GemmS8(*size, extreme=True) for size in sizes]
+    return [*fused(shapes, GemmS8), *extreme, GemmS8(13, 70, 3072, "gelu", True, True, extreme=True)]
+
+
+# One vector, odd numbers of them, every butterfly with and without reflection, rows that are not mixed.
+MIXED = [1, 15, 16, 17, 32, 37, 48, 64, 80, 96, 128, 192, 256, 312, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 9216]
+
 CASES: list[Case] = [
-    *gemm_cases(),
+    *gemm_f32_cases(),
+    *gemm_s8_cases(),
     *(SoftmaxF32(0, 5), SoftmaxF32(40, 128)),
     *(SoftmaxF32(3, n, scale) for n in [1, 2, 7, *around(16, 32), 131, 512] for scale in (1.0, 0.125, 48**-0.5)),
     *(LayerNormF32(0, 5), LayerNormF32(40, 128)),
@@ -163,11 +210,18 @@ CASES: list[Case] = [
         for n in [1, 2, 7, *around(16, 32), 48, 128, 312, 384, 768, 1021]
         for eps, inplace in [(1e-12, False), (1e-12, True), (0.1, False)]
     ),
+    *(MixF32(rows, n) for rows, n in [(0, 48), (2, 0), (40, 384)]),
+    *(MixF32(3, n, inplace) for n in MIXED for inplace in (False, True)),
+    *(QuantizeU8(rows, k) for rows, k in [(0, 5), (40, 128)]),
+    *(QuantizeU8(4, k) for k in [*range(71), 127, 128, 129, 312, 384, 768, 1021, 3072]),
 ]
 SMALL = [
     *(GemmF32(m, n, k, act, True, True) for act in ACTS for m, n, k in [(13, 37, 19), (7, 130, KC + 3)]),
     *(SoftmaxF32(5, n) for n in (1, 16, 37)),
     *(LayerNormF32(5, n, 1e-5) for n in (1, 16, 37)),
+    *(GemmS8(m, n, k, act, True, True) for act in ACTS for m, n, k in [(13, 37, 19), (7, 130, 131)]),
+    *(MixF32(5, n) for n in (37, 48, 128, 768)),
+    *(QuantizeU8(5, k) for k in (1, 16, 37, 70)),
 ]
 
 
@@ -240,7 +294,15 @@ def test_same_bits_on_every_kernel_set(case: Case, seed: int) -> None:
     assert len(set(results.values())) == 1, f"{case.op} {case}: {list(results)} differ"
 
 
-ROWWISE = {"gemm_f32": ("m", ("a", "residual")), "softmax_f32": ("rows", ("x",)), "layernorm_f32": ("rows", ("x",))}
+# op -> the field that counts rows, the operands that have a row for each
+ROWWISE = {
+    "gemm_f32": ("m", ("a", "residual")),
+    "gemm_s8": ("m", ("a", "scale_a", "zero", "residual")),
+    "softmax_f32": ("rows", ("x",)),
+    "layernorm_f32": ("rows", ("x",)),
+    "mix_f32": ("rows", ("x",)),
+    "quantize_u8": ("rows", ("x",)),
+}
 
 
 @every_small_case
@@ -256,18 +318,18 @@ def test_rows_do_not_depend_on_the_batch(kernels: KernelSet, case: Case, seed: i
 
 
 @pytest.mark.parametrize("m, n, k", [(1, 161, 40), (13, 161, KC + 3), (5, 768, 64), (3, 40, 0)])
-def test_strips_of_columns(kernels: KernelSet, m: int, n: int, k: int, seed: int) -> None:
-    case = GemmF32(m, n, k, "gelu", True, True)
+@pytest.mark.parametrize("op", [GemmF32, GemmS8], ids=lambda op: op.op)
+def test_strips_of_columns(kernels: KernelSet, op: type[Linear], m: int, n: int, k: int, seed: int) -> None:
+    case = op(m, n, k, "gelu", True, True)
     operands, _ = prepared(case, seed)
     whole = run(kernels, case, operands)
-    packed = aligned("packed", np.zeros(kernels.packed_bytes(n, k), np.uint8))
-    kernels.pack(operands["w"], packed)
+    packed = aligned("packed", np.zeros(case.packed_bytes(kernels, n), np.uint8))
+    case.pack(kernels, operands, packed)
     for begin, end in [(0, STRIP), (STRIP, 2 * STRIP), (STRIP, n), (2 * STRIP, n)]:
-        strips = packed[kernels.packed_bytes(begin, k) : kernels.packed_bytes(end, k)]
+        strips = packed[case.packed_bytes(kernels, begin) : case.packed_bytes(kernels, end)]
         out, columns = np.empty((m, end - begin), np.float32), slice(begin, end)
-        kernels.gemm_f32(
-            operands["a"], strips, out, operands["bias"][columns], "gelu", operands["residual"][:, columns]
-        )
+        epilogue = {"bias": operands["bias"][columns], "residual": operands["residual"][:, columns]}
+        case.multiply(kernels, operands | epilogue, strips, out)
         assert bits(out) == bits(whole[:, columns]), f"columns {begin}..{end}"
 
 
@@ -309,12 +371,21 @@ def spoiled(x: F32, values: list[float], rng: np.random.Generator) -> F32:
 def test_extreme_values(kernels: KernelSet, case: Case, extreme: str, seed: int) -> None:
     """Every kernel set makes the same of them, which is what the contract prescribes where it prescribes bits."""
     rng = seeded(case, seed)
-    operands = {name: spoiled(x, EXTREMES[extreme], rng) for name, x in case.operands(rng).items()}
+    operands = {
+        name: spoiled(x, EXTREMES[extreme], rng) if x.dtype == np.float32 else x
+        for name, x in case.operands(rng).items()
+    }
     result = run(kernels, case, operands)
     assert bits(result) == bits(run(SUPPORTED[-1], case, operands))
     prescribed = case.bits(operands)
     if prescribed is not None:
         np.testing.assert_array_equal(result, prescribed)
+
+
+# Columns that a NaN anywhere in the row must reach, where that is not all of them: mix_f32 keeps lanes apart (its bits
+# are prescribed), quantize_u8 hands the NaN on in the scale.
+ALL = slice(None)
+NAN_REACHES = {"mix_f32": slice(0), "quantize_u8": slice(-1, None)}
 
 
 @pytest.mark.parametrize("extreme", EXTREMES)
@@ -326,11 +397,13 @@ def test_extreme_rows_spoil_no_others(kernels: KernelSet, case: Case, extreme: s
     others = np.arange(len(whole)) != 2
     for name in ROWWISE[case.op][1]:
         x = operands[name].copy()
-        x[2] = spoiled(x[2], EXTREMES[extreme], rng)
+        if x.dtype != np.float32:
+            continue
+        x[2:3] = spoiled(x[2:3], EXTREMES[extreme], rng)
         result = run(kernels, case, {**operands, name: x})
         assert bits(result[others]) == bits(whole[others])
         if extreme == "nan" and name != "residual":
-            assert np.isnan(result[2]).all()
+            assert np.isnan(result[2, NAN_REACHES.get(case.op, ALL)]).all()
 
 
 # ---- activations ----
@@ -400,3 +473,60 @@ def test_softmax_of_large_scores(kernels: KernelSet, level: float, seed: int) ->
     case = SoftmaxF32(5, 37, 48**-0.5)
     operands = {"x": case.operands(seeded(case, seed))["x"] + np.float32(level)}
     expect(case, operands).check(run(kernels, case, operands))
+
+
+# ---- int8 ----
+
+
+@pytest.mark.parametrize("k", [1, 16, 37, 384])
+@pytest.mark.parametrize("value", [1.0, -1.0, 3e38, -3e38, 3.4e38, 1e-30, -1e-30, 5e-324])
+def test_quantize_equal_values(kernels: KernelSet, value: float, k: int) -> None:
+    """One step of 255 takes the range: the value comes back within rounding, 0 exactly."""
+    x = np.full((1, k), value, np.float32)
+    q, zero, scale = np.split(run(kernels, QuantizeU8(1, k), {"x": x})[0], [-2, -1])
+    expected = (255, 0) if x[0, 0] > 0 else (0, 255) if x[0, 0] < 0 else (0, 0)
+    assert (q[:k] == expected[0]).all() and zero == expected[1]
+    assert np.abs(scale.astype(np.float64) * (q[:k] - zero) - x[0].astype(np.float64)).max() <= U * abs(float(x[0, 0]))
+
+
+@pytest.mark.parametrize("values", [[0.0], [-0.0], [1e-40], [-1e-40, 1e-40], [255 * (1 - U) * 2.0**-120]])
+def test_quantize_of_nothing_is_zeros(kernels: KernelSet, values: list[float]) -> None:
+    x = np.resize(np.array(values, np.float32), (2, 37))
+    assert not run(kernels, QuantizeU8(2, 37), {"x": x}).any()
+
+
+def test_quantize_smallest_step(kernels: KernelSet) -> None:
+    x = np.full((1, 37), 255 * 2.0**-120, np.float32)
+    result = run(kernels, QuantizeU8(1, 37), {"x": x})[0]
+    assert (result[:37] == 255).all() and result[-1] == np.float32(2.0**-120)
+
+
+@pytest.mark.parametrize("n", [*MIXED, 8])
+def test_mix_is_its_own_inverse_but_for_the_gain(kernels: KernelSet, n: int, seed: int) -> None:
+    case = MixF32(3, n)
+    operands, expected = prepared(case, seed)
+    matrix, gain = case.matrix(), mix_gain(n)
+    thrice = np.rint(3 * matrix)  # whole numbers: exact
+    assert np.array_equal(thrice, thrice.T)
+    assert np.array_equal(thrice @ thrice, 9 * gain * np.eye(len(matrix)))
+    once = {"x": run(kernels, case, operands)}
+    error = case.mixed(np.abs(matrix), expected.bound) + case.bound(once)
+    Expected("M M x", gain * operands["x"].astype(np.float64), error, None).check(run(kernels, case, once))
+
+
+def test_layers_keep_their_value_in_int8(kernels: KernelSet, seed: int) -> None:
+    """mix, quantize and gemm_s8 as the engine chains them: x . w within what half a step of q and of w makes of it."""
+    m, n, k = 5, 33, 768
+    rng = np.random.default_rng([seed, k])
+    x, w = rng.standard_normal((m, k)).astype(np.float32), rng.standard_normal((n, k)).astype(np.float32)
+    mixed_x, mixed_w = (run(kernels, MixF32(len(v), k), {"x": v}) for v in (x, w))
+    scale_w = (np.abs(mixed_w).max(axis=1) / 127).astype(np.float32)
+    w8 = np.rint(mixed_w / scale_w[:, None]).astype(np.int8)
+    copies = run(kernels, QuantizeU8(m, k), {"x": mixed_x})
+    a, zero, scale_a = copies[:, :-2].astype(np.uint8), copies[:, -2].astype(np.int32), copies[:, -1].copy()
+    operands = {"a": a, "scale_a": scale_a, "zero": zero, "w": w8, "scale_w": scale_w / np.float32(mix_gain(k))}
+    result = run(kernels, GemmS8(m, n, k), operands)
+    # a step is off by at most 1 (zero and the quotient are rounded by themselves), a weight by half of one
+    off_a, off_w = 1.01 * scale_a[:, None].astype(np.float64), 0.501 * scale_w.astype(np.float64)
+    bound = off_a * np.abs(mixed_w).sum(axis=1) + np.abs(mixed_x).sum(axis=1)[:, None] * off_w + k * off_a * off_w
+    assert (np.abs(result - x.astype(np.float64) @ w.T.astype(np.float64)) <= bound / mix_gain(k)).all()

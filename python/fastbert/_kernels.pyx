@@ -1,13 +1,11 @@
 # cython: language_level=3, freethreading_compatible=True, boundscheck=False, wraparound=False
 """Binding of kernels.h and dispatch.h, one kernel set at a time, and of threads.h: for tests/ and bench/ only.
 
-Operands are buffers of float32 used where they lie (nothing is copied), so that a test chooses their strides, their
-offset from a cache line and the pages around them. Shapes are checked here: the kernels themselves cannot fail.
+Operands are buffers used where they lie (nothing is copied), so that a test chooses their strides, their offset from a
+cache line and the pages around them. Shapes are checked here: the kernels themselves cannot fail.
 """
 
-from libc.stdint cimport int32_t, uintptr_t
-
-
+from libc.stdint cimport int8_t, int32_t, uint8_t, uintptr_t
 
 cdef extern from "fastbert.h" nogil:
     ctypedef enum fb_status:
@@ -20,6 +18,8 @@ cdef extern from "fastbert.h" nogil:
 cdef extern from "kernels.h" nogil:
     enum: FB_KC
     enum: FB_STRIP
+    ptrdiff_t fb_k8(ptrdiff_t k)
+    float fb_mix_gain(ptrdiff_t n)
     ctypedef struct fb_epilogue:
         const float *bias
         fb_act act
@@ -32,12 +32,25 @@ cdef extern from "kernels.h" nogil:
                      void *packed) noexcept nogil
         void (*run)(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const float *a, ptrdiff_t lda, const void *packed,
                     const fb_epilogue *epilogue, float *c, ptrdiff_t ldc) noexcept nogil
+    ctypedef struct fb_gemm_s8:
+        const char *name
+        size_t (*packed_bytes)(ptrdiff_t n, ptrdiff_t k) noexcept nogil
+        void (*pack)(ptrdiff_t n, ptrdiff_t k, const int8_t *w, ptrdiff_t ldw, const float *scale_w,
+                     void *packed) noexcept nogil
+        void (*run)(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const uint8_t *a, ptrdiff_t lda, const float *scale_a,
+                    const int32_t *zero, const void *packed, const fb_epilogue *epilogue, float *c,
+                    ptrdiff_t ldc) noexcept nogil
     ctypedef struct fb_kernels:
         const char *isa
         const fb_gemm_f32 *gemm_f32
         void (*softmax_f32)(ptrdiff_t rows, ptrdiff_t n, float scale, float *x, ptrdiff_t ldx) noexcept nogil
         void (*layernorm_f32)(ptrdiff_t rows, ptrdiff_t n, const float *x, ptrdiff_t ldx, const float *gamma,
                               const float *beta, float eps, float *y, ptrdiff_t ldy) noexcept nogil
+        void (*mix_f32)(ptrdiff_t rows, ptrdiff_t n, const float *x, ptrdiff_t ldx, float *y,
+                        ptrdiff_t ldy) noexcept nogil
+        void (*quantize_u8)(ptrdiff_t rows, ptrdiff_t k, const float *x, ptrdiff_t ldx, uint8_t *q, ptrdiff_t ldq,
+                            float *scale, int32_t *zero) noexcept nogil
+        const fb_gemm_s8 *gemm_s8
 
 cdef extern from "dispatch.h" nogil:
     ctypedef struct fb_isa_row:
@@ -74,19 +87,61 @@ def kernel_sets():
     return [(fb_isa_at(i).kernels.isa.decode(), fb_isa_at(i).supported != 0) for i in range(fb_isa_count())]
 
 
-cdef Py_ssize_t row_stride(str name, const float[:, :] x, Py_ssize_t rows, Py_ssize_t cols) except -1:
+def k8(Py_ssize_t k):
+    """Bytes of a row of k quantised elements: k rounded up as kernels.h says."""
+    return fb_k8(k)
+
+
+def mix_gain(Py_ssize_t n):
+    """The power of two B of mix_f32, M M = B I, for rows of n elements."""
+    return fb_mix_gain(n)
+
+
+ctypedef fused element:
+    float
+    int32_t
+    int8_t
+    uint8_t
+
+
+cdef Py_ssize_t row_stride(str name, const element[:, :] x, Py_ssize_t rows, Py_ssize_t cols) except -1:
     """Elements between the rows of x [rows][cols]."""
+    cdef Py_ssize_t size = sizeof(element)
     if x.shape[0] != rows or x.shape[1] != cols:
         raise ValueError(f"{name}: expected [{rows}, {cols}], got [{x.shape[0]}, {x.shape[1]}]")
-    if (cols > 1 and x.strides[1] != 4) or (rows > 1 and (x.strides[0] % 4 != 0 or x.strides[0] < 4 * cols)):
-        raise ValueError(f"{name}: expected rows of consecutive float32, got strides {x.strides[0]}, {x.strides[1]}")
-    return x.strides[0] // 4 if rows > 1 else cols
+    if (cols > 1 and x.strides[1] != size) or (rows > 1 and (x.strides[0] % size or x.strides[0] < size * cols)):
+        raise ValueError(f"{name}: expected rows of consecutive elements, got strides {x.strides[0]}, {x.strides[1]}")
+    return x.strides[0] // size if rows > 1 else cols
 
 
-cdef int check_vector(str name, const float[::1] x, Py_ssize_t n) except -1:
+cdef int check_vector(str name, const element[::1] x, Py_ssize_t n) except -1:
     if x.shape[0] != n:
         raise ValueError(f"{name}: expected [{n}], got [{x.shape[0]}]")
     return 0
+
+
+cdef int check_packed(const unsigned char[::1] packed, size_t expected, Py_ssize_t n, Py_ssize_t k) except -1:
+    if <size_t> packed.shape[0] != expected:
+        raise ValueError(f"packed: expected {expected} bytes for W [{n}, {k}], got {packed.shape[0]}")
+    if expected and <uintptr_t> &packed[0] % 64:
+        raise ValueError("packed: expected an address that is a multiple of 64")
+    return 0
+
+
+cdef fb_epilogue epilogue_of(const float[::1] bias, str act, const float[:, :] residual, Py_ssize_t m,
+                             Py_ssize_t n) except *:
+    cdef fb_epilogue epilogue
+    epilogue.bias = NULL
+    epilogue.act = ACTS[act]
+    epilogue.residual = NULL
+    epilogue.ldr = 0
+    if bias is not None:
+        check_vector("bias", bias, n)
+        epilogue.bias = &bias[0]
+    if residual is not None:
+        epilogue.ldr = row_stride("residual", residual, m, n)
+        epilogue.residual = &residual[0, 0]
+    return epilogue
 
 
 cdef class KernelSet:
@@ -120,14 +175,6 @@ cdef class KernelSet:
         """Bytes of W [n][k] as gemm_f32 wants it."""
         return self.k.gemm_f32.packed_bytes(n, k)
 
-    cdef int check_packed(self, const unsigned char[::1] packed, Py_ssize_t n, Py_ssize_t k) except -1:
-        cdef size_t expected = self.k.gemm_f32.packed_bytes(n, k)
-        if <size_t> packed.shape[0] != expected:
-            raise ValueError(f"packed: expected {expected} bytes for W [{n}, {k}], got {packed.shape[0]}")
-        if expected and <uintptr_t> &packed[0] % 64:
-            raise ValueError("packed: expected an address that is a multiple of 64")
-        return 0
-
     def pack(self, const float[:, :] w, unsigned char[::1] packed, Py_ssize_t repeat=1):
         """Packs w [n][k], one of its two strides 1 element, into packed [packed_bytes(n, k)], 64-byte aligned."""
         cdef Py_ssize_t n = w.shape[0], k = w.shape[1], _
@@ -135,7 +182,7 @@ cdef class KernelSet:
         cdef Py_ssize_t stride_k = w.strides[1] // 4 if k > 1 else 1
         if stride_n != 1 and stride_k != 1:
             raise ValueError(f"w: expected a stride of 4 bytes, got {w.strides[0]} and {w.strides[1]}")
-        self.check_packed(packed, n, k)
+        check_packed(packed, self.k.gemm_f32.packed_bytes(n, k), n, k)
         with nogil:
             for _ in range(repeat):
                 self.k.gemm_f32.pack(n, k, &w[0, 0], stride_n, stride_k, &packed[0])
@@ -145,18 +192,8 @@ cdef class KernelSet:
         """out [m][n] = residual [m][n] + act(a [m][k] * W^T + bias [n]); packed holds W [n][k]; act is a key of ACTS."""
         cdef Py_ssize_t m = a.shape[0], k = a.shape[1], n = out.shape[1], _
         cdef Py_ssize_t lda = row_stride("a", a, m, k), ldc = row_stride("out", out, m, n)
-        cdef fb_epilogue epilogue
-        epilogue.bias = NULL
-        epilogue.act = ACTS[act]
-        epilogue.residual = NULL
-        epilogue.ldr = 0
-        self.check_packed(packed, n, k)
-        if bias is not None:
-            check_vector("bias", bias, n)
-            epilogue.bias = &bias[0]
-        if residual is not None:
-            epilogue.ldr = row_stride("residual", residual, m, n)
-            epilogue.residual = &residual[0, 0]
+        cdef fb_epilogue epilogue = epilogue_of(bias, act, residual, m, n)
+        check_packed(packed, self.k.gemm_f32.packed_bytes(n, k), n, k)
         with nogil:
             for _ in range(repeat):
                 self.k.gemm_f32.run(m, n, k, &a[0, 0], lda, &packed[0], &epilogue, &out[0, 0], ldc)
@@ -182,6 +219,64 @@ cdef class KernelSet:
         with nogil:
             for _ in range(repeat):
                 self.k.layernorm_f32(rows, n, &x[0, 0], ldx, &gamma[0], &beta[0], eps, &out[0, 0], ldy)
+
+    def mix_f32(self, const float[:, :] x, float[:, :] out, Py_ssize_t repeat=1):
+        """out [rows][n] = M x, row by row; out may be x."""
+        cdef Py_ssize_t rows = x.shape[0], n = x.shape[1], _
+        cdef Py_ssize_t ldx = row_stride("x", x, rows, n), ldy = row_stride("out", out, rows, n)
+        with nogil:
+            for _ in range(repeat):
+                self.k.mix_f32(rows, n, &x[0, 0], ldx, &out[0, 0], ldy)
+
+    def quantize_u8(self, const float[:, :] x, uint8_t[:, :] q, float[::1] scale, int32_t[::1] zero,
+                    Py_ssize_t repeat=1):
+        """x [rows][k] ~ scale [rows] * (q [rows][k8(k)] - zero [rows]); the bytes of q from k on become 0."""
+        cdef Py_ssize_t rows = x.shape[0], k = x.shape[1], _
+        cdef Py_ssize_t ldx = row_stride("x", x, rows, k), ldq = row_stride("q", q, rows, fb_k8(k))
+        check_vector("scale", scale, rows)
+        check_vector("zero", zero, rows)
+        with nogil:
+            for _ in range(repeat):
+                self.k.quantize_u8(rows, k, &x[0, 0], ldx, &q[0, 0], ldq, &scale[0], &zero[0])
+
+    @property
+    def gemm_s8_name(self):
+        """For example "gemm_s8_8x48_avx512vnni": the register tile is 8 rows by 48 columns."""
+        return self.k.gemm_s8.name.decode()
+
+    def packed_bytes_s8(self, Py_ssize_t n, Py_ssize_t k):
+        """Bytes of W [n][k] and its scales as gemm_s8 wants them."""
+        return self.k.gemm_s8.packed_bytes(n, k)
+
+    def pack_s8(self, const int8_t[:, :] w, const float[::1] scale_w, unsigned char[::1] packed, Py_ssize_t repeat=1):
+        """Packs w [n][k], -127 .. 127, and scale_w [n] into packed [packed_bytes_s8(n, k)], 64-byte aligned."""
+        cdef Py_ssize_t n = w.shape[0], k = w.shape[1], _
+        cdef Py_ssize_t ldw = row_stride("w", w, n, k)
+        check_vector("scale_w", scale_w, n)
+        check_packed(packed, self.k.gemm_s8.packed_bytes(n, k), n, k)
+        with nogil:
+            for _ in range(repeat):
+                self.k.gemm_s8.pack(n, k, &w[0, 0], ldw, &scale_w[0], &packed[0])
+
+    def gemm_s8(self, const uint8_t[:, :] a, Py_ssize_t k, const float[::1] scale_a, const int32_t[::1] zero,
+                const unsigned char[::1] packed, float[:, :] out, const float[::1] bias=None, str act="none",
+                const float[:, :] residual=None, Py_ssize_t repeat=1):
+        """out [m][n] = residual [m][n] + act(t * scale_a [m] * scale_w [n] + bias [n]), t = (a [m][:k] - zero [m]) * W^T.
+
+        a [m][k8(k)]; packed holds W [n][k] and scale_w; k <= 65536; act is a key of ACTS.
+        """
+        cdef Py_ssize_t m = a.shape[0], n = out.shape[1], _
+        cdef Py_ssize_t lda = row_stride("a", a, m, fb_k8(k)), ldc = row_stride("out", out, m, n)
+        cdef fb_epilogue epilogue = epilogue_of(bias, act, residual, m, n)
+        if not 0 <= k <= 65536:
+            raise ValueError(f"k: expected 0 .. 65536, got {k}")
+        check_vector("scale_a", scale_a, m)
+        check_vector("zero", zero, m)
+        check_packed(packed, self.k.gemm_s8.packed_bytes(n, k), n, k)
+        with nogil:
+            for _ in range(repeat):
+                self.k.gemm_s8.run(m, n, k, &a[0, 0], lda, &scale_a[0], &zero[0], &packed[0], &epilogue, &out[0, 0],
+                                   ldc)
 
 
 # ---- threads.h ----
