@@ -1,12 +1,12 @@
 """Times the cases below on every kernel set, beside the multiply-add peak of the same core in the same run.
 
-    python -m bench.kernels [--isa NAME[,NAME]] [--rounds N] [--json PATH]
+    python -m bench.kernels [--isa NAME[,NAME]] [--only TEXT] [--rounds N] [--json PATH]
 
 Each case is checked against float64, then timed warm: in every round each kernel set runs each case once, repeated to
 at least SAMPLE_S, with a short run of its peak (bench/peak.c) before and after. Printed: median and quartiles over the
 rounds. `share` is the median of GFLOP/s by the mean of the two peaks, so that a change of clock, or a neighbour on the
 same core, weighs on both. GB/s counts operands and result once. Row operations are in nanoseconds per element. One
-thread, pinned to one core.
+thread, pinned to one core, by its CPU time.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from tests.toolchain import compile_c, isa_rows
 
 SAMPLE_S = 0.004  # of a case; a quarter of it for each peak
 LAYERS = [(768, 768), (3072, 768), (768, 3072), (384, 384), (1536, 384), (128, 128), (512, 128)]  # n, k
-CASES: list[Case] = [
+ALL_CASES: list[Case] = [
     *(GemmF32(m, n, k) for m in (128, 32, 8, 1) for n, k in LAYERS),
     GemmF32(128, 3072, 768, "gelu", bias=True),
     GemmF32(128, 3072, 768, "gelu_tanh", bias=True),
@@ -54,9 +54,9 @@ class Timed:
     samples: list[float] = field(default_factory=list)  # units per second, a value a round
 
     def sample(self) -> float:
-        begin = time.perf_counter()
+        begin = time.thread_time()  # of this thread: what the core did for others does not count
         self.run(self.repeat)
-        seconds = time.perf_counter() - begin
+        seconds = time.thread_time() - begin
         self.samples.append(self.work * self.repeat / seconds)
         return seconds
 
@@ -93,11 +93,11 @@ def prepare(case: Case, kernels: KernelSet) -> Timed:
     return Timed(run, case.flops() or out.size)
 
 
-def measure(isas: list[str], rounds: int) -> list[dict[str, object]]:
+def measure(isas: list[str], cases: list[Case], rounds: int) -> list[dict[str, object]]:
     """A row for each kernel set and case; rates are per second: of floating-point operations or elements, and bytes."""
     with tempfile.TemporaryDirectory() as folder:
         peaks = {isa: peak(isa, Path(folder)) for isa in isas}
-    timed = {isa: [prepare(case, KernelSet(isa)) for case in CASES] for isa in isas}
+    timed = {isa: [prepare(case, KernelSet(isa)) for case in cases] for isa in isas}
     for isa in tqdm(isas, "warming", leave=False):
         for what in timed[isa]:
             what.warm(SAMPLE_S)
@@ -115,12 +115,12 @@ def measure(isas: list[str], rounds: int) -> list[dict[str, object]]:
         top = peaks[isa].samples if peaks[isa] else []  # top[i] before, top[i + 1] after sample i of the run
         if top:
             rows.append({"isa": isa, "op": "peak", "case": "", "unit": "flop", **spread(top)})
-        for i, (case, what) in enumerate(zip(CASES, timed[isa], strict=True)):
+        for i, (case, what) in enumerate(zip(cases, timed[isa], strict=True)):
             row = {"isa": isa, "op": case.op, "case": str(case), **spread(what.samples)}
             row["unit"] = "flop" if case.flops() else "element"
             row["bytes"] = row["median"] / what.work * case.moved_bytes()
             if top and case.flops():
-                beside = [mean(top[j : j + 2]) for j in range(i, len(top) - 1, len(CASES))]
+                beside = [mean(top[j : j + 2]) for j in range(i, len(top) - 1, len(cases))]
                 row["share"] = median(x / y for x, y in zip(what.samples, beside, strict=True))
             rows.append(row)
     return rows
@@ -141,13 +141,15 @@ def main() -> None:
     supported = [name for name, is_supported in kernel_sets() if is_supported]
     parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__.splitlines()[0])
     parser.add_argument("--isa", default=",".join(supported), help="kernel sets, separated by commas (default: all)")
+    parser.add_argument("--only", default="", help="cases whose name contains this text, for example m128 or softmax")
     parser.add_argument("--rounds", type=int, default=15, help="samples of each case (default 15)")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     arguments = parser.parse_args()
-    pin(1)
+    cases = [case for case in ALL_CASES if arguments.only in f"{case.op} {case}"]
     machine = environment()
+    pin(1)
     gemms = {isa: KernelSet(isa).gemm_f32_name for isa in arguments.isa.split(",")}
-    rows = measure(list(gemms), arguments.rounds)
+    rows = measure(list(gemms), cases, arguments.rounds)
     print(f"{machine['cpu']}, one core, commit {machine['commit']}; {', '.join(gemms.values())}\n")
     header = ["kernel set", "op", "case", "median (quartiles)", "share of peak", "GB/s"]
     print(markdown(header, [cells(row) for row in rows]))

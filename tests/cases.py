@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
 import numpy as np
-from fastbert._kernels import KC, KernelSet
 from numpy.typing import NDArray
+
+from fastbert._kernels import KC, KernelSet
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]

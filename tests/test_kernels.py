@@ -13,9 +13,9 @@ from itertools import product
 
 import numpy as np
 import pytest
-from fastbert._kernels import ACTS, KC, STRIP, KernelSet, kernel_sets
 from numpy.typing import NDArray
 
+from fastbert._kernels import ACTS, KC, STRIP, KernelSet, kernel_sets
 from tests.cases import (
     ACTIVATIONS,
     F32,
