@@ -220,7 +220,8 @@ def measure(
             # Float32 noise of these models is some 1e-6 (bench/accuracy.py); a mistake, even in one text, is far above.
             if not np.abs(rows - expected).max() < 1e-4:
                 raise RuntimeError(f"{label}, {engine}, {variant.name}: another result than {engines[0]}")
-        trials[engine] = {v.name: min(milliseconds(v.run) for _ in range(TRIALS)) for v in variants}
+        fastest = np.min([[milliseconds(variant.run) for variant in variants] for _ in range(TRIALS)], axis=0)
+        trials[engine] = {variant.name: ms for variant, ms in zip(variants, fastest.tolist(), strict=True)}
         chosen[engine] = min(variants, key=lambda v: trials[engine][v.name])
 
     samples: dict[str, list[float]] = {engine: [] for engine in engines}

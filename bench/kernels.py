@@ -1,13 +1,14 @@
 """Times the cases below on every kernel set, beside the peak of the same core in the same run.
 
-    python -m bench.kernels [--isa NAME[,NAME]] [--rounds N] [--json PATH]
+    python -m bench.kernels [--isa NAME[,NAME]] [--only TEXT] [--rounds N] [--json PATH]
 
 Each case is checked against float64, then timed warm: in every round each kernel set runs each case once, repeated to
 at least SAMPLE_S, with a short run of its peak (bench/peak.c) before and after: fused multiply-adds for gemm_f32, VNNI
 dot products of bytes for gemm_s8 on the sets that have them. Printed: median and quartiles over the rounds. `share` is
 the median of the rate by the mean of the two peaks, so that a change of clock, or a neighbour on the same core, weighs
 on both; `by gemm_f32` the median over the rounds of the rate by that of gemm_f32 of the same shape and kernel set. GB/s
-counts operands and result once. Row operations are in nanoseconds per element. One thread, pinned to one core.
+counts operands and result once. Row operations are in nanoseconds per element. One thread, pinned to one
+core, by its CPU time.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from tests.toolchain import compile_c, isa_rows
 SAMPLE_S = 0.004  # of a case; a quarter of it for each peak
 LAYERS = [(768, 768), (3072, 768), (768, 3072), (384, 384), (1536, 384), (128, 128), (512, 128)]  # n, k
 UNITS = {"gemm_f32": "GFLOP/s", "gemm_s8": "GOP/s"}  # of the other ops: ns/element
-CASES: list[Case] = [
+ALL_CASES: list[Case] = [
     *(op(m, n, k) for m in (128, 32, 8, 1) for n, k in LAYERS for op in (GemmF32, GemmS8)),
     *(op(128, 3072, 768, act, bias=True) for act in ("gelu", "gelu_tanh") for op in (GemmF32, GemmS8)),
     *(op(128, 768, 3072, bias=True, residual=True) for op in (GemmF32, GemmS8)),
@@ -70,9 +71,9 @@ class Timed:
     shares: list[float] = field(default_factory=list)  # of the peak, a value a round
 
     def sample(self) -> float:
-        begin = time.perf_counter()
+        begin = time.thread_time()  # of this thread: what the core did for others does not count
         self.run(self.repeat)
-        seconds = time.perf_counter() - begin
+        seconds = time.thread_time() - begin
         self.samples.append(self.work * self.repeat / seconds)
         return seconds
 
@@ -122,11 +123,11 @@ def prepare(case: Case, kernels: KernelSet, peak: Timed | None) -> Timed:
     return Timed(run, case.flops() or operands["x"].size, peak=peak)
 
 
-def measure(isas: list[str], rounds: int) -> list[dict[str, object]]:
+def measure(isas: list[str], cases: list[Case], rounds: int) -> list[dict[str, object]]:
     """A row for each peak, kernel set and case; rates are per second: of operations or elements, and bytes."""
     with tempfile.TemporaryDirectory() as folder:
         top = {isa: peaks(isa, Path(folder)) for isa in isas}
-    timed = {isa: {case: prepare(case, KernelSet(isa), top[isa].get(case.op)) for case in CASES} for isa in isas}
+    timed = {isa: {case: prepare(case, KernelSet(isa), top[isa].get(case.op)) for case in cases} for isa in isas}
     for isa in tqdm(isas, "warming", leave=False):
         for what in timed[isa].values():
             what.warm(SAMPLE_S)
@@ -143,8 +144,9 @@ def measure(isas: list[str], rounds: int) -> list[dict[str, object]]:
             row["bytes"] = row["median"] / what.work * case.moved_bytes()
             if what.shares:
                 row["share"] = median(what.shares)
-            if isinstance(case, GemmS8):
-                f32 = timed[isa][GemmF32(case.m, case.n, case.k, case.act, case.bias, case.residual)].samples
+            f32_case = isinstance(case, GemmS8) and GemmF32(case.m, case.n, case.k, case.act, case.bias, case.residual)
+            if f32_case in timed[isa]:
+                f32 = timed[isa][f32_case].samples
                 row["by_f32"] = median(x / y for x, y in zip(what.samples, f32, strict=True))
             rows.append(row)
     return rows
@@ -166,14 +168,16 @@ def main() -> None:
     supported = [name for name, is_supported in kernel_sets() if is_supported]
     parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__.splitlines()[0])
     parser.add_argument("--isa", default=",".join(supported), help="kernel sets, separated by commas (default: all)")
+    parser.add_argument("--only", default="", help="cases whose name contains this text, for example m128 or softmax")
     parser.add_argument("--rounds", type=int, default=15, help="samples of each case (default 15)")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     arguments = parser.parse_args()
+    cases = [case for case in ALL_CASES if arguments.only in f"{case.op} {case}"]
     pin(1)
     machine = environment()
     isas = arguments.isa.split(",")
     gemms = {isa: [KernelSet(isa).gemm_f32_name, KernelSet(isa).gemm_s8_name] for isa in isas}
-    rows = measure(isas, arguments.rounds)
+    rows = measure(isas, cases, arguments.rounds)
     names = dict.fromkeys(name for both in gemms.values() for name in both)
     print(f"{machine['cpu']}, one core, commit {machine['commit']}; {', '.join(names)}\n")
     header = ["kernel set", "op", "case", "median (quartiles)", "share of peak", "by gemm_f32", "GB/s"]

@@ -69,7 +69,7 @@ static inline ptrdiff_t fb_k8(ptrdiff_t k) { return (k + FB_K8 - 1) / FB_K8 * FB
  *   otherwise  B = the largest power of two that divides v, at most 64: each run of B vectors goes through the
  *              Hadamard butterfly of size B (additions and subtractions, not scaled), strides 1, 2, 4, ... ascending;
  *              then, if 3 B divides v, vectors a, b, c that are B apart become a - m, b - m, c - m,
- *              m = ((a + b) + c) * (2 / 3)                                     (a Householder reflection)
+ *              m = ((a + b) + c) * (2 / 3), 2 / 3 rounded to float32            (a Householder reflection)
  *
  * M is symmetric and M M = B I (fb_mix_gain), so x . w = (M x) . (M w) / B: weights are mixed once, at load.
  *   x, y    [rows][n], rows ldx and ldy apart; y == x with ldy == ldx is allowed, other overlap is not
@@ -94,7 +94,7 @@ static inline float fb_mix_gain(ptrdiff_t n)
  *   q       [rows][fb_k8(k)], rows ldq >= fb_k8(k) apart; bytes from k on are 0
  *   scale   [rows]; 0, with all q = zero = 0, where scale would be below 2^-120 (a row of zeros); NaN where the row holds a
  *           NaN or an infinity, so that all that is made from it is NaN
- *   zero    [rows] 0 .. 255
+ *   zero    [rows] 0 .. 255; 0 where scale is NaN. There a NaN has q = 0, and the range is that of the other elements.
  */
 typedef void fb_quantize_u8(ptrdiff_t rows, ptrdiff_t k, const float *x, ptrdiff_t ldx, uint8_t *q, ptrdiff_t ldq,
                             float *scale, int32_t *zero);

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from fastbert._kernels import KernelSet, kernel_sets
 from hypothesis import settings
+
+from fastbert._kernels import KernelSet, kernel_sets
 
 # For slow builds: pytest --hypothesis-profile=small
 settings.register_profile("small", max_examples=10, deadline=None)

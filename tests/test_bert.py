@@ -3,10 +3,11 @@
 What float32 may cost. In a chain of K fused multiply-adds each product passes through at most K roundings of relative
 size u = 2^-24, so the result is the exact one for weights that are off by a relative theta, of standard deviation at
 most u sqrt(K / 3) when roundings are independent (Higham & Mary, SIAM J. Sci. Comput. 41(5), 2019). The contract of
-gemm_f32 has K = FB_KC = 256 (kernels.h): theta is that of a uniform error within 2^-20. So `tolerance` moves all
-weights of the reference by random relative errors within 2^-20 and looks how far the outputs go: the conditioning of
-this very model and batch. Besides the linear layers, the products of attention and the element-wise steps round no more
-than this; three independent sources of one size give sqrt(3), so the engine is held to twice the largest movement.
+gemm_f32 (kernels.h) has K = FB_KC + k / FB_KC, no more than 256: theta is that of a uniform error within 2^-20. So
+`tolerance` moves all weights of the reference by random relative errors within 2^-20 and looks how far the outputs go:
+the conditioning of this very model and batch. Besides the linear layers, the products of attention and the element-wise
+steps round no more than this; three independent sources of one size give sqrt(3), so the engine is held to twice the
+largest movement.
 """
 
 import math

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from fastbert._kernels import KernelSet, kernel_sets
 
 import fastbert
+from fastbert._kernels import KernelSet, kernel_sets
 from tests.toolchain import IsaRow, compile_c, compiler, isa_rows
 
 SUPPORTED = [name for name, supported in kernel_sets() if supported]

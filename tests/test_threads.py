@@ -9,6 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+
 from fastbert._kernels import split, team_drill
 
 CALLS, SIZE, NESTED, MARK, LATE = range(5)
