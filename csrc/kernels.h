@@ -124,7 +124,7 @@ typedef struct fb_gemm_s8 {
  * order, absent elements of the last vector counting as 0; the lanes are then added as a fixed tree: lane l and l + 8,
  * then l and l + 4, l + 2, l + 1. */
 
-/* softmax_f32: x[i][j] = e[j] / sum(e),   e[j] = exp(fma(x[i][j], scale, -max_j(x[i][j]) * scale)), in place.
+/* softmax_f32: x[i][j] = e[j] / sum(e),   e[j] = exp((x[i][j] - max_j(x[i][j])) * scale), in place.
  *
  *   x       [rows][n], rows ldx apart; n >= 1; scale > 0
  * Numbers  exp has relative error < 2^-22 and is held at exp(-87.3) below that; e[j] is multiplied by 1 / sum(e).

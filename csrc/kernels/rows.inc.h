@@ -14,15 +14,15 @@ static void FB_ISA_NAME(softmax_f32)(ptrdiff_t rows, ptrdiff_t n, float scale, f
             largest = v_max(largest, v_load(x + j));
         if (tail)
             largest = v_max(largest, v_load_n(x + body, tail, -INFINITY));
-        const vf shift = v_set1(-v_largest(largest) * scale);
+        const vf most = v_set1(v_largest(largest));
         vf sum = v_set1(0.0f);
         for (ptrdiff_t j = 0; j < body; j += 16) {
-            const vf e = v_exp(v_fma(v_load(x + j), vscale, shift));
+            const vf e = v_exp(v_mul(v_sub(v_load(x + j), most), vscale));
             v_store(x + j, e);
             sum = v_add(sum, e);
         }
         if (tail) {
-            v_store_n(x + body, v_exp(v_fma(v_load_n(x + body, tail, 0.0f), vscale, shift)), tail);
+            v_store_n(x + body, v_exp(v_mul(v_sub(v_load_n(x + body, tail, 0.0f), most), vscale)), tail);
             sum = v_add(sum, v_load_n(x + body, tail, 0.0f));
         }
         const vf inverse = v_set1(1.0f / v_sum(sum));
