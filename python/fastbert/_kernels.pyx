@@ -168,7 +168,7 @@ cdef class KernelSet:
 
     @property
     def gemm_f32_name(self):
-        """For example "gemm_f32_12x32_avx512": the register tile is 12 rows by 32 columns."""
+        """For example "gemm_f32_8x48_avx512": the register tile is 8 rows by 48 columns."""
         return self.k.gemm_f32.name.decode()
 
     def packed_bytes(self, Py_ssize_t n, Py_ssize_t k):
