@@ -16,10 +16,9 @@
 
 #include "fastbert.h"
 
-/* gemm_f32 sums each output over blocks of FB_KC products, one ascending fma chain a block, and adds the blocks in
- * ascending order. The blocks keep the packed panel in the L1 cache, and make the rounding error of k = 3072 about
- * sqrt(k / FB_KC) times smaller than one chain over all of k would. */
-enum { FB_KC = 128 };
+/* gemm_f32 sums each output over blocks of FB_CHAIN products, one ascending fma chain a block, and adds the blocks in
+ * ascending order: the rounding error is about sqrt(k / FB_CHAIN) times smaller than that of one chain over all of k. */
+enum { FB_CHAIN = 64 };
 
 /* Columns per packed strip in every layout: one 512-bit vector, or two of 256, or four of 128 bits. */
 enum { FB_STRIP = 16 };
@@ -34,7 +33,7 @@ typedef struct fb_epilogue {
 
 /* gemm_f32: the linear layer, C = residual + act(A * W^T + bias), all float32.
  *
- *   sum[i][j] = block_0 + block_1 + ...,   block_b = fma chain over p = b*FB_KC .. of A[i][p] * W[j][p], from 0
+ *   sum[i][j] = block_0 + block_1 + ...,   block_b = fma chain over p = b*FB_CHAIN .. of A[i][p] * W[j][p], from 0
  *   C[i][j]   = residual[i][j] + act(sum[i][j] + bias[j])              0 <= i < m, 0 <= j < n
  *
  *   a       [m][k]  activations; rows lda apart, lda >= k
@@ -45,7 +44,7 @@ typedef struct fb_epilogue {
  * Memory   a, bias, residual, c need no alignment; packed is 64-byte aligned; c overlaps no input.
  * Columns  strips of FB_STRIP columns are packed one after the other, so columns j0 .. of a packed matrix, j0 a
  *          multiple of FB_STRIP, are the matrix at packed + packed_bytes(j0, k): this is how threads split n.
- * Numbers  before act, |error| <= (min(k, FB_KC) + k / FB_KC + 2) * 2^-24 * (sum |A||W| + |bias|) to first order.
+ * Numbers  before act, |error| <= (min(k, FB_CHAIN) + k / FB_CHAIN + 2) * 2^-24 * (sum |A||W| + |bias|) to first order.
  * Source   packing and loop order: Goto & van de Geijn, ACM TOMS 34(3), 2008.
  */
 typedef struct fb_gemm_f32 {

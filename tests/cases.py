@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbert._kernels import KC, KernelSet, k8
+from fastbert._kernels import CHAIN, KernelSet, k8
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -345,14 +345,14 @@ class GemmF32(Linear):
         """A chain, the sum of the blocks and the bias."""
         magnitude = np.abs(operands["a"]).astype(np.float64) @ np.abs(operands["w"]).T.astype(np.float64)
         magnitude += np.abs(operands.get("bias", 0.0))
-        return (min(self.k, KC) + -(-self.k // KC) + 2) * (U * magnitude + TINY)
+        return (min(self.k, CHAIN) + -(-self.k // CHAIN) + 2) * (U * magnitude + TINY)
 
     def sum_bits(self, operands: Operands) -> F32:
         a, w = operands["a"], operands["w"]
         total = np.zeros(self.out_shape(), np.float32)
-        for begin in range(0, self.k, KC):
+        for begin in range(0, self.k, CHAIN):
             block = np.zeros_like(total)
-            for p in range(begin, min(begin + KC, self.k)):
+            for p in range(begin, min(begin + CHAIN, self.k)):
                 block = fma(a[:, p, None], w[None, :, p], block)
             total = total + block if begin else block
         return total + operands.get("bias", np.float32(0))
