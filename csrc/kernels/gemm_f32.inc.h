@@ -19,6 +19,11 @@
  * from the L3 cache; chains of 64 inside it are as fast as one of 128 (2026-11). */
 enum { FB_PANEL = 2 * FB_CHAIN };
 
+/* Weights come from far: the first FB_AHEAD steps ahead of their use, for the hardware's own prefetch stops at every 4 KB,
+ * and the strips of the next panel one with each of the first groups of rows. One line to a step of k: a burst of them
+ * would fill the line buffers and stop the loop. */
+enum { FB_AHEAD = 32 };
+
 /* One tile of C and what goes into it. */
 typedef struct fb_tile_args {
     ptrdiff_t k;    /* steps of this panel */
@@ -26,6 +31,7 @@ typedef struct fb_tile_args {
     ptrdiff_t lda;
     const float *strip;           /* first step of the first strip */
     ptrdiff_t strip_floats;       /* from one strip to the next */
+    ptrdiff_t ahead;              /* floats from strip to memory to prefetch, as much as one strip of this panel */
     int first_panel;              /* C is written; else added to */
     const float *bias, *residual; /* added when not NULL: with the last panel */
     ptrdiff_t ldr;
@@ -66,7 +72,7 @@ static inline __attribute__((always_inline)) void finish(const int mr, const int
  * the sum waits in memory, aligned. */
 static inline __attribute__((always_inline)) void fb_tile_any(const int mr, const int nv, const fb_tile_args *t)
 {
-    const ptrdiff_t k = t->k, lda = t->lda, strip_floats = t->strip_floats;
+    const ptrdiff_t k = t->k, lda = t->lda, strip_floats = t->strip_floats, ahead = t->ahead;
     const float *a = t->a, *strip = t->strip;
     vf acc[FB_GEMM_MR][8];
     _Alignas(64) float sums[FB_GEMM_MR][8 * 16];
@@ -80,6 +86,12 @@ static inline __attribute__((always_inline)) void fb_tile_any(const int mr, cons
         for (int j = 0; j < nv; j++)
             acc[i][j] = v_set1(0.0f);
         for (; p < end; p++) {
+            if (mr > FB_GEMM_MR / 2) { /* fewer rows have no load to spare */
+                __builtin_prefetch(strip + p * 16 + ahead, 0, 2);
+                FB_UNROLL
+                for (int j = 0; j < nv; j++)
+                    __builtin_prefetch(strip + j * strip_floats + (p + FB_AHEAD) * 16);
+            }
             vf w[8];
             FB_UNROLL
             for (int j = 0; j < nv; j++)
@@ -133,16 +145,6 @@ static void activate(fb_act act, ptrdiff_t m, ptrdiff_t n, const float *residual
         }
 }
 
-/* Asks for one part of the next panel while this one is worked on: the hardware's own prefetch stops at every 4 KB. */
-static inline void prefetch_panel(const float *strip, ptrdiff_t panel, ptrdiff_t nv, ptrdiff_t strip_floats,
-                                  ptrdiff_t part, ptrdiff_t parts)
-{
-    const ptrdiff_t end = panel * (part + 1) / parts;
-    for (ptrdiff_t j = 0; j < nv; j++)
-        for (ptrdiff_t p = panel * part / parts; p < end; p++)
-            __builtin_prefetch(strip + j * strip_floats + p * 16, 0, 2);
-}
-
 static size_t FB_ISA_NAME(packed_bytes)(ptrdiff_t n, ptrdiff_t k)
 {
     return (size_t)((n + 15) / 16) * 16 * (size_t)k * sizeof(float);
@@ -192,6 +194,7 @@ static void FB_ISA_NAME(gemm_f32)(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const f
             panel = k - p < FB_PANEL ? k - p : FB_PANEL;
             const int last = p + panel == k;
             const float *next = last ? (const float *)packed + s_end * 16 * k : strip + (p + panel) * 16;
+            const int more = row_groups > 1 && !(last && s_end == strips);
             const float *bias = last && epilogue->bias ? epilogue->bias + column : NULL;
             for (ptrdiff_t h = 0; h < row_groups; h++) {
                 const ptrdiff_t i = m * h / row_groups, mr = m * (h + 1) / row_groups - i;
@@ -202,6 +205,7 @@ static void FB_ISA_NAME(gemm_f32)(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const f
                                         .lda = lda,
                                         .strip = strip + p * 16,
                                         .strip_floats = k * 16,
+                                        .ahead = more && h < nv ? next + h * k * 16 - (strip + p * 16) : 0,
                                         .first_panel = p == 0,
                                         .bias = bias,
                                         .residual = acts ? NULL : residual,
@@ -209,8 +213,6 @@ static void FB_ISA_NAME(gemm_f32)(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const f
                                         .last_columns = columns - (nv - 1) * 16,
                                         .c = c + i * ldc + column,
                                         .ldc = ldc};
-                if (row_groups > 1 && !(last && s_end == strips))
-                    prefetch_panel(next, panel, nv, k * 16, h, row_groups);
                 tiles[mr][nv](&t);
                 if (last && acts)
                     activate(epilogue->act, mr, columns, residual, epilogue->ldr, t.c, ldc);
