@@ -1,5 +1,6 @@
 /* weights.c: one walk over the model's tensors, run twice: first it adds up sizes, then it packs into the block.
  */
+#define _DEFAULT_SOURCE /* madvise */
 #include "weights.h"
 
 #include "error.h"
@@ -10,8 +11,12 @@
 #include <string.h>
 #ifdef _WIN32
 #include <malloc.h>
+#elif defined(__linux__)
+#include <sys/mman.h>
 #endif
 
+/* Large blocks ask for huge pages: a forward pass walks through all weights, and 4 KB pages cost a walk of the page
+ * table each. */
 void *fb_aligned_alloc(size_t bytes)
 {
     if (bytes > SIZE_MAX - 63)
@@ -20,9 +25,14 @@ void *fb_aligned_alloc(size_t bytes)
 #ifdef _WIN32
     void *memory = _aligned_malloc(bytes, 64);
 #else
+    const size_t huge_page = 2u << 20, alignment = bytes >= 2 * huge_page ? huge_page : 64;
     void *memory = NULL;
-    if (posix_memalign(&memory, 64, bytes ? bytes : 64) != 0)
+    if (posix_memalign(&memory, alignment, bytes ? bytes : 64) != 0)
         memory = NULL;
+#ifdef MADV_HUGEPAGE
+    if (memory != NULL && alignment == huge_page)
+        (void)madvise(memory, bytes / huge_page * huge_page, MADV_HUGEPAGE);
+#endif
 #endif
     return memory;
 }
