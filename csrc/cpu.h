@@ -13,9 +13,13 @@ enum {
     FB_CPU_AVX512DQ = 1 << 5,
     FB_CPU_AVX512VL = 1 << 6,
     FB_CPU_AVX512VNNI = 1 << 7,
-    FB_CPU_AVXVNNI = 1 << 8
+    FB_CPU_AVXVNNI = 1 << 8,
+    FB_CPU_AMXTILE = 1 << 9,
+    FB_CPU_AMXINT8 = 1 << 10,
+    FB_CPU_AMXBF16 = 1 << 11
 };
 
+/* Where the CPU has AMX, this asks the OS to let the process use it. */
 uint32_t fb_cpu_features(void);
 
 #endif

@@ -3,6 +3,7 @@
  * A kernel file includes its simd_*.h, activations.inc.h and epilogue.inc.h, then defines
  *   vrow, vi_row(p), vi_dot(acc, row, w), FB_A_SHIFT     the dot product (meaning in simd_scalar.h)
  *   FB_S8_TILES(X), FB_S8_MR, fb_s8_strips               register tiles, as in gemm_f32.inc.h
+ * A file with a GEMM of its own (amx.c) defines FB_A_SHIFT alone, and gets the packing and s8_finish.
  *
  * Packed W: strips of 16 columns of C. A strip is, for every four steps of k, the four bytes of each column in turn (one
  * zmm, two ymm, or one row of an AMX tile); then the sums of its columns, int32 [16]; then their scales, float32 [16]:
@@ -27,20 +28,20 @@ typedef struct fb_s8_tile_args {
     ptrdiff_t ldc;
 } fb_s8_tile_args;
 
-typedef void fb_s8_tile(const fb_s8_tile_args *t);
-
-/* From exact sums [mr][8 * 16] to float32, one strip after the other. One function for all tiles: their code stays small. */
-static void s8_finish(ptrdiff_t mr, ptrdiff_t nv, const int32_t *sums, const fb_s8_tile_args *t)
+/* Rows begin .. end - 1 of a tile from exact sums [mr][nv * 16], rows lds apart, to float32, one strip after the other. One
+ * function for all tiles: their code stays small. */
+static void s8_finish(ptrdiff_t begin, ptrdiff_t end, ptrdiff_t nv, const int32_t *sums, ptrdiff_t lds,
+                      const fb_s8_tile_args *t)
 {
     for (ptrdiff_t j = 0; j < nv; j++) {
-        const int8_t *end = t->strip + j * t->strip_bytes + t->k * 16;
-        const vi w_sums = vi_load((const int32_t *)end);
-        const vf w_scales = v_load((const float *)(end + 64));
+        const int8_t *after = t->strip + j * t->strip_bytes + t->k * 16;
+        const vi w_sums = vi_load((const int32_t *)after);
+        const vf w_scales = v_load((const float *)(after + 64));
         const ptrdiff_t columns = j == nv - 1 ? t->last_columns : 16;
         const vf bias = t->bias ? load_columns(t->bias + j * 16, columns) : v_set1(0.0f);
-        for (ptrdiff_t i = 0; i < mr; i++) {
+        for (ptrdiff_t i = begin; i < end; i++) {
             const vi shift = vi_mul(w_sums, vi_set1(t->zero[i] - FB_A_SHIFT));
-            const vi exact = vi_sub(vi_load(sums + i * 8 * 16 + j * 16), shift);
+            const vi exact = vi_sub(vi_load(sums + i * lds + j * 16), shift);
             vf x = v_act(t->act, v_fma(vi_to_f32(exact), v_mul(v_set1(t->scale_a[i]), w_scales), bias));
             if (t->residual)
                 x = v_add(load_columns(t->residual + i * t->ldr + j * 16, columns), x);
@@ -48,48 +49,6 @@ static void s8_finish(ptrdiff_t mr, ptrdiff_t nv, const int32_t *sums, const fb_
         }
     }
 }
-
-static inline __attribute__((always_inline)) void fb_s8_tile_any(const int mr, const int nv, const fb_s8_tile_args *t)
-{
-    const ptrdiff_t k = t->k, lda = t->lda, strip_bytes = t->strip_bytes;
-    const uint8_t *a = t->a;
-    const int8_t *strip = t->strip;
-    vi acc[FB_S8_MR][8];
-    FB_UNROLL
-    for (int i = 0; i < mr; i++)
-        FB_UNROLL
-    for (int j = 0; j < nv; j++)
-        acc[i][j] = vi_set1(0);
-    for (ptrdiff_t p = 0; p < k; p += 4) {
-        vi w[8];
-        FB_UNROLL
-        for (int j = 0; j < nv; j++)
-            w[j] = vi_load((const int32_t *)(strip + j * strip_bytes + p * 16));
-        FB_UNROLL
-        for (int i = 0; i < mr; i++) {
-            const vrow row = vi_row(a + i * lda + p);
-            FB_UNROLL
-            for (int j = 0; j < nv; j++)
-                acc[i][j] = vi_dot(acc[i][j], row, w[j]);
-        }
-    }
-    _Alignas(64) int32_t sums[FB_S8_MR][8 * 16];
-    FB_UNROLL
-    for (int i = 0; i < mr; i++)
-        FB_UNROLL
-    for (int j = 0; j < nv; j++)
-        vi_store(sums[i] + j * 16, acc[i][j]);
-    s8_finish(mr, nv, &sums[0][0], t);
-}
-
-#define FB_TILE(mr, nv)                                                                                                \
-    static void s8_tile_##mr##x##nv(const fb_s8_tile_args *t) { fb_s8_tile_any(mr, nv, t); }
-FB_S8_TILES(FB_TILE)
-#undef FB_TILE
-
-#define FB_TILE(mr, nv) [mr][nv] = s8_tile_##mr##x##nv,
-static fb_s8_tile *const s8_tiles[FB_S8_MR + 1][8 + 1] = {FB_S8_TILES(FB_TILE)};
-#undef FB_TILE
 
 static inline ptrdiff_t s8_strip_bytes(ptrdiff_t k) { return fb_k8(k) * 16 + 128; }
 
@@ -121,6 +80,52 @@ static void FB_ISA_NAME(s8_pack)(ptrdiff_t n, ptrdiff_t k, const int8_t *w, ptrd
         }
     }
 }
+
+#ifdef FB_S8_TILES
+
+typedef void fb_s8_tile(const fb_s8_tile_args *t);
+
+static inline __attribute__((always_inline)) void fb_s8_tile_any(const int mr, const int nv, const fb_s8_tile_args *t)
+{
+    const ptrdiff_t k = t->k, lda = t->lda, strip_bytes = t->strip_bytes;
+    const uint8_t *a = t->a;
+    const int8_t *strip = t->strip;
+    vi acc[FB_S8_MR][8];
+    FB_UNROLL
+    for (int i = 0; i < mr; i++)
+        FB_UNROLL
+    for (int j = 0; j < nv; j++)
+        acc[i][j] = vi_set1(0);
+    for (ptrdiff_t p = 0; p < k; p += 4) {
+        vi w[8];
+        FB_UNROLL
+        for (int j = 0; j < nv; j++)
+            w[j] = vi_load((const int32_t *)(strip + j * strip_bytes + p * 16));
+        FB_UNROLL
+        for (int i = 0; i < mr; i++) {
+            const vrow row = vi_row(a + i * lda + p);
+            FB_UNROLL
+            for (int j = 0; j < nv; j++)
+                acc[i][j] = vi_dot(acc[i][j], row, w[j]);
+        }
+    }
+    _Alignas(64) int32_t sums[FB_S8_MR][8 * 16];
+    FB_UNROLL
+    for (int i = 0; i < mr; i++)
+        FB_UNROLL
+    for (int j = 0; j < nv; j++)
+        vi_store(sums[i] + j * 16, acc[i][j]);
+    s8_finish(0, mr, nv, &sums[0][0], 8 * 16, t);
+}
+
+#define FB_TILE(mr, nv)                                                                                                \
+    static void s8_tile_##mr##x##nv(const fb_s8_tile_args *t) { fb_s8_tile_any(mr, nv, t); }
+FB_S8_TILES(FB_TILE)
+#undef FB_TILE
+
+#define FB_TILE(mr, nv) [mr][nv] = s8_tile_##mr##x##nv,
+static fb_s8_tile *const s8_tiles[FB_S8_MR + 1][8 + 1] = {FB_S8_TILES(FB_TILE)};
+#undef FB_TILE
 
 static void FB_ISA_NAME(gemm_s8)(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const uint8_t *a, ptrdiff_t lda,
                                  const float *scale_a, const int32_t *zero, const void *packed,
@@ -155,3 +160,5 @@ static void FB_ISA_NAME(gemm_s8)(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const ui
         }
     }
 }
+
+#endif
