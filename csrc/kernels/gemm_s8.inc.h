@@ -3,12 +3,17 @@
  * A kernel file includes its simd_*.h, activations.inc.h and epilogue.inc.h, then defines
  *   vrow, vi_row(p), vi_dot(acc, row, w), FB_A_SHIFT     the dot product (meaning in simd_scalar.h)
  *   FB_S8_TILES(X), FB_S8_MR, fb_s8_strips               register tiles, as in gemm_f32.inc.h
+ *   FB_S8_WIDE                                           if the dot product takes pairs of int16 (below)
  *
  * Packed W: strips of 16 columns of C. A strip is, for every four steps of k, the four bytes of each column in turn (one
  * zmm, two ymm, or one row of an AMX tile); then the sums of its columns, int32 [16]; then their scales, float32 [16]:
  *     w0[0..3] w1[0..3] .. w15[0..3] | w0[4..7] .. | .. | sum0 .. sum15 | scale0 .. scale15        K padded with 0
  *
  * A tile runs over the whole of k, its int32 sums in registers, and writes finished float32.
+ *
+ * FB_S8_WIDE: sets without an exact product of bytes take two steps of k at a time, in 16 bits. Two bytes of each column
+ * stand together, w0[0..1] .. w15[0..1] | w0[2..3] .. | .., and are widened as they are loaded; a tile widens its rows of
+ * A, S8_BLOCK steps at a time, into the L1 cache.
  */
 
 typedef struct fb_s8_tile_args {
@@ -29,9 +34,12 @@ typedef struct fb_s8_tile_args {
 
 typedef void fb_s8_tile(const fb_s8_tile_args *t);
 
-/* From exact sums [mr][8 * 16] to float32, one strip after the other. One function for all tiles: their code stays small. */
-static void s8_finish(ptrdiff_t mr, ptrdiff_t nv, const int32_t *sums, const fb_s8_tile_args *t)
+/* From exact sums [mr][8 * 16] to float32, one strip after the other. One function for all tiles: their code stays small.
+ * The activation is a second pass over the tile, in the L1 cache, so that the first has few branches. */
+static __attribute__((noinline)) void s8_finish(ptrdiff_t mr, ptrdiff_t nv, const int32_t *sums,
+                                                const fb_s8_tile_args *t)
 {
+    const float *residual = t->act == FB_ACT_NONE ? t->residual : NULL;
     for (ptrdiff_t j = 0; j < nv; j++) {
         const int8_t *end = t->strip + j * t->strip_bytes + t->k * 16;
         const vi w_sums = vi_load((const int32_t *)end);
@@ -41,30 +49,55 @@ static void s8_finish(ptrdiff_t mr, ptrdiff_t nv, const int32_t *sums, const fb_
         for (ptrdiff_t i = 0; i < mr; i++) {
             const vi shift = vi_mul(w_sums, vi_set1(t->zero[i] - FB_A_SHIFT));
             const vi exact = vi_sub(vi_load(sums + i * 8 * 16 + j * 16), shift);
-            vf x = v_act(t->act, v_fma(vi_to_f32(exact), v_mul(v_set1(t->scale_a[i]), w_scales), bias));
+            vf x = v_fma(vi_to_f32(exact), v_mul(v_set1(t->scale_a[i]), w_scales), bias);
+            if (residual)
+                x = v_add(load_columns(residual + i * t->ldr + j * 16, columns), x);
+            store_columns(t->c + i * t->ldc + j * 16, x, columns);
+        }
+    }
+    if (t->act == FB_ACT_NONE)
+        return;
+    for (ptrdiff_t j = 0; j < nv; j++) {
+        const ptrdiff_t columns = j == nv - 1 ? t->last_columns : 16;
+        for (ptrdiff_t i = 0; i < mr; i++) {
+            float *c = t->c + i * t->ldc + j * 16;
+            vf x = v_act(t->act, load_columns(c, columns));
             if (t->residual)
                 x = v_add(load_columns(t->residual + i * t->ldr + j * 16, columns), x);
-            store_columns(t->c + i * t->ldc + j * 16, x, columns);
+            store_columns(c, x, columns);
         }
     }
 }
 
-static inline __attribute__((always_inline)) void fb_s8_tile_any(const int mr, const int nv, const fb_s8_tile_args *t)
+/* S8_STEP: of k, in one dot product. s8_a: an element of A there. s8_weights: one step of a strip. */
+#ifdef FB_S8_WIDE
+enum { S8_STEP = 2, S8_BLOCK = 512 };
+typedef int16_t s8_a;
+static inline vi s8_weights(const int8_t *p) { return vi_widen_s8(p); }
+/* Not inlined: called once or a few times a tile, by every one of them. */
+static __attribute__((noinline)) void s8_widen(ptrdiff_t mr, ptrdiff_t k, const uint8_t *a, ptrdiff_t lda,
+                                               int16_t (*wide)[S8_BLOCK])
 {
-    const ptrdiff_t k = t->k, lda = t->lda, strip_bytes = t->strip_bytes;
-    const uint8_t *a = t->a;
-    const int8_t *strip = t->strip;
-    vi acc[FB_S8_MR][8];
-    FB_UNROLL
-    for (int i = 0; i < mr; i++)
-        FB_UNROLL
-    for (int j = 0; j < nv; j++)
-        acc[i][j] = vi_set1(0);
-    for (ptrdiff_t p = 0; p < k; p += 4) {
+    for (ptrdiff_t i = 0; i < mr; i++)
+        for (ptrdiff_t p = 0; p < k; p += 32)
+            vi_store((int32_t *)(wide[i] + p), vi_widen_u8(a + i * lda + p));
+}
+#else
+enum { S8_STEP = 4 };
+typedef uint8_t s8_a;
+static inline vi s8_weights(const int8_t *p) { return vi_load((const int32_t *)p); }
+#endif
+
+/* acc += k steps of mr rows of A by nv strips; lda counts elements. */
+static inline __attribute__((always_inline)) void s8_steps(const int mr, const int nv, ptrdiff_t k, const s8_a *a,
+                                                           ptrdiff_t lda, const int8_t *strip, ptrdiff_t strip_bytes,
+                                                           vi (*acc)[8])
+{
+    for (ptrdiff_t p = 0; p < k; p += S8_STEP) {
         vi w[8];
         FB_UNROLL
         for (int j = 0; j < nv; j++)
-            w[j] = vi_load((const int32_t *)(strip + j * strip_bytes + p * 16));
+            w[j] = s8_weights(strip + j * strip_bytes + p * 16);
         FB_UNROLL
         for (int i = 0; i < mr; i++) {
             const vrow row = vi_row(a + i * lda + p);
@@ -73,6 +106,28 @@ static inline __attribute__((always_inline)) void fb_s8_tile_any(const int mr, c
                 acc[i][j] = vi_dot(acc[i][j], row, w[j]);
         }
     }
+}
+
+static inline __attribute__((always_inline)) void fb_s8_tile_any(const int mr, const int nv, const fb_s8_tile_args *t)
+{
+    vi acc[FB_S8_MR][8];
+    FB_UNROLL
+    for (int i = 0; i < mr; i++)
+        FB_UNROLL
+    for (int j = 0; j < nv; j++) {
+        acc[i][j] = vi_set1(0);
+        __builtin_prefetch(t->c + i * t->ldc + j * 16, 1);
+    }
+#ifdef FB_S8_WIDE
+    _Alignas(64) int16_t wide[FB_S8_MR][S8_BLOCK];
+    for (ptrdiff_t p = 0; p < t->k; p += S8_BLOCK) {
+        const ptrdiff_t block = t->k - p < S8_BLOCK ? t->k - p : S8_BLOCK;
+        s8_widen(mr, block, t->a + p, t->lda, wide);
+        s8_steps(mr, nv, block, wide[0], S8_BLOCK, t->strip + p * 16, t->strip_bytes, acc);
+    }
+#else
+    s8_steps(mr, nv, t->k, t->a, t->lda, t->strip, t->strip_bytes, acc);
+#endif
     _Alignas(64) int32_t sums[FB_S8_MR][8 * 16];
     FB_UNROLL
     for (int i = 0; i < mr; i++)
@@ -108,10 +163,10 @@ static void FB_ISA_NAME(s8_pack)(ptrdiff_t n, ptrdiff_t k, const int8_t *w, ptrd
         memset(out, 0, (size_t)s8_strip_bytes(k));
         for (ptrdiff_t j = 0; j < 16 && s + j < n; j++) {
             const int8_t *row = w + (s + j) * ldw;
-            int8_t *column = out + j * 4;
+            int8_t *column = out + j * S8_STEP;
             ptrdiff_t p = 0;
-            for (; p + 4 <= k; p += 4, column += 64)
-                memcpy(column, row + p, 4);
+            for (; p + S8_STEP <= k; p += S8_STEP, column += 16 * S8_STEP)
+                memcpy(column, row + p, S8_STEP);
             memcpy(column, row + p, (size_t)(k - p));
             int32_t sum = 0;
             for (p = 0; p < k; p++)
