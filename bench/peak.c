@@ -6,8 +6,12 @@
  * Each function runs `steps` multiply-adds in every lane of every chain, from the given start values, which keep the
  * compiler from seeing that chains are alike, and returns the operations done; 0 where the flags have no such instruction.
  */
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
-#include <immintrin.h>
+#include "../csrc/kernels/unroll.h"
+
+#if defined(__AVX512VNNI__)
+#define DPBUSD "vpdpbusd"
+#elif defined(__AVXVNNI__)
+#define DPBUSD "%{vex%} vpdpbusd"
 #endif
 
 #if defined(__AVX512F__)
@@ -38,30 +42,24 @@ double peak_f32(long steps, float chains[CHAINS])
     return 2.0 * CHAINS * (BYTES / 4) * (double)steps;
 }
 
-/* Dot products of four unsigned and four signed bytes, added to an int32: vpdpbusd. */
+/* Dot products of four unsigned and four signed bytes, added to an int32: vpdpbusd. Written out, because GCC 12 copies the
+ * chains of the intrinsic from register to register in every step. */
 double peak_s8(long steps, int chains[CHAINS])
 {
-#if defined(__AVX512VNNI__)
-    __m512i x[CHAINS];
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+    typedef int vector __attribute__((vector_size(BYTES)));
+    vector x[CHAINS];
+    FB_UNROLL
     for (int c = 0; c < CHAINS; c++)
-        x[c] = _mm512_set1_epi32(chains[c]);
-    const __m512i a = x[1], w = x[2];
+        x[c] = chains[c] - (vector){0};
+    const vector a = x[1], w = x[2];
     for (long i = 0; i < steps; i++)
-        for (int c = 0; c < CHAINS; c++)
-            x[c] = _mm512_dpbusd_epi32(x[c], a, w);
+        FB_UNROLL
     for (int c = 0; c < CHAINS; c++)
-        chains[c] = _mm_cvtsi128_si32(_mm512_castsi512_si128(x[c]));
-    return 2.0 * CHAINS * BYTES * (double)steps;
-#elif defined(__AVXVNNI__)
-    __m256i x[CHAINS];
+        __asm__ volatile(DPBUSD " %2, %1, %0" : "+v"(x[c]) : "v"(a), "v"(w));
+    FB_UNROLL
     for (int c = 0; c < CHAINS; c++)
-        x[c] = _mm256_set1_epi32(chains[c]);
-    const __m256i a = x[1], w = x[2];
-    for (long i = 0; i < steps; i++)
-        for (int c = 0; c < CHAINS; c++)
-            x[c] = _mm256_dpbusd_avx_epi32(x[c], a, w);
-    for (int c = 0; c < CHAINS; c++)
-        chains[c] = _mm_cvtsi128_si32(_mm256_castsi256_si128(x[c]));
+        chains[c] = x[c][0];
     return 2.0 * CHAINS * BYTES * (double)steps;
 #else
     (void)steps, (void)chains;

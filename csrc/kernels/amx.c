@@ -25,6 +25,7 @@
 #include "activations.inc.h"
 #include "epilogue.inc.h"
 
+#define FB_S8_DEPTH 4
 #define FB_A_SHIFT 0
 #include "gemm_s8.inc.h"
 

@@ -160,6 +160,16 @@ static inline void vi_store(int32_t *p, vi a)
     _mm256_storeu_si256((__m256i *)p, a.lo);
     _mm256_storeu_si256((__m256i *)p + 1, a.hi);
 }
+static inline vi vi_widen_u8(const uint8_t *p)
+{
+    const __m128i *from = (const __m128i *)p;
+    return FB_BOTH_I(_mm256_cvtepu8_epi16(_mm_loadu_si128(from)), _mm256_cvtepu8_epi16(_mm_loadu_si128(from + 1)));
+}
+static inline vi vi_widen_s8(const int8_t *p)
+{
+    const __m128i *from = (const __m128i *)p;
+    return FB_BOTH_I(_mm256_cvtepi8_epi16(_mm_loadu_si128(from)), _mm256_cvtepi8_epi16(_mm_loadu_si128(from + 1)));
+}
 static inline vi vi_sub(vi a, vi b) { return FB_BOTH_I(_mm256_sub_epi32(a.lo, b.lo), _mm256_sub_epi32(a.hi, b.hi)); }
 static inline vi vi_mul(vi a, vi b)
 {

@@ -103,7 +103,9 @@ static inline void v_transpose(vf r[16])
 
 /* ---- 16 int32 lanes ----
  *   v_to_u8     lanes, whole numbers of 0 .. 255, to 16 bytes
- *   vi_dot      acc + the four products of each column: r a row's four bytes, w 16 columns by 4 steps of k
+ *   vi_dot      acc + the four products of each column: r a row's four bytes, w 16 columns by 4 steps of k; with
+ *               FB_S8_DEPTH 2 two products: r a row's two int16, w 16 columns by 2 steps of k, in int16
+ *   vi_widen_u8, vi_widen_s8    32 bytes as 32 int16; only where a set uses them
  *   FB_A_SHIFT  vi_dot takes a - FB_A_SHIFT for a
  */
 typedef struct {
