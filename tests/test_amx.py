@@ -184,11 +184,11 @@ def test_strips_of_columns(amx: EmulatedAmx, case: GemmS8, seed: int) -> None:
 
 
 @pytest.mark.parametrize("n, k", product((1, 16, 37), (0, 1, 63, 64, 130)))
-def test_packs_as_all_sets_of_x86_do(amx: EmulatedAmx, n: int, k: int, seed: int) -> None:
+def test_packs_as_scalar_does(amx: EmulatedAmx, n: int, k: int, seed: int) -> None:
     rng = np.random.default_rng([seed, n, k])
     w, scale = rng.integers(-127, 128, (n, k)).astype(np.int8), rng.random(n).astype(np.float32)
     packed = []
-    for kernels in (amx, KernelSet("avx512")):
+    for kernels in (amx, KernelSet("scalar")):
         packed.append(aligned("packed", np.full(kernels.packed_bytes_s8(n, k), 255, np.uint8)))
         kernels.pack_s8(w, scale, packed[-1])
     assert packed[0].tobytes() == packed[1].tobytes()

@@ -15,6 +15,15 @@
  */
 #include "unroll.h"
 
+/* How a row of A is held: va_load(p, steps) takes the next steps of k, FB_A_STEPS or 1; va_fma(a, step, w, acc) is
+ * fma(that step for all lanes, w, acc). A simd_*.h whose multiply-add can pick one lane brings its own. */
+#ifndef FB_A_STEPS
+#define FB_A_STEPS 1
+typedef vf va;
+static inline va va_load(const float *p, int steps) { return (void)steps, v_set1(*p); }
+static inline vf va_fma(va a, int step, vf w, vf acc) { return (void)step, v_fma(a, w, acc); }
+#endif
+
 /* Steps of k in a panel. On a Sapphire Rapids class Xeon 128 and 192 are equal, 256 loses 2 to 5 % where the weights come
  * from the L3 cache; chains of 64 inside it are as fast as one of 128 (2026-11). */
 enum { FB_PANEL = 2 * FB_CHAIN };
@@ -41,6 +50,35 @@ typedef struct fb_tile_args {
 } fb_tile_args;
 
 typedef void fb_tile(const fb_tile_args *t);
+
+/* acc += the next steps of k, one after the other, in ascending order. */
+static inline __attribute__((always_inline)) void fb_steps(const int mr, const int nv, const int steps, const float *a,
+                                                           ptrdiff_t lda, const float *strip, ptrdiff_t strip_floats,
+                                                           ptrdiff_t ahead, vf acc[FB_GEMM_MR][8])
+{
+    va x[FB_GEMM_MR];
+    FB_UNROLL
+    for (int s = 0; s < steps; s++) {
+        if (mr > FB_GEMM_MR / 2) { /* fewer rows have no load to spare */
+            __builtin_prefetch(strip + s * 16 + ahead, 0, 2);
+            FB_UNROLL
+            for (int j = 0; j < nv; j++)
+                __builtin_prefetch(strip + j * strip_floats + (s + FB_AHEAD) * 16);
+        }
+        vf w[8];
+        FB_UNROLL
+        for (int j = 0; j < nv; j++)
+            w[j] = v_load(strip + j * strip_floats + s * 16);
+        FB_UNROLL
+        for (int i = 0; i < mr; i++) {
+            if (s == 0)
+                x[i] = va_load(a + i * lda, steps);
+            FB_UNROLL
+            for (int j = 0; j < nv; j++)
+                acc[i][j] = va_fma(x[i], s, w[j], acc[i][j]);
+        }
+    }
+}
 
 static inline __attribute__((always_inline)) void add_rows(const int mr, const int nv, vf acc[FB_GEMM_MR][8],
                                                            const float *x, ptrdiff_t ldx, ptrdiff_t last_columns)
@@ -85,25 +123,12 @@ static inline __attribute__((always_inline)) void fb_tile_any(const int mr, cons
             FB_UNROLL
         for (int j = 0; j < nv; j++)
             acc[i][j] = v_set1(0.0f);
-        for (; p < end; p++) {
-            if (mr > FB_GEMM_MR / 2) { /* fewer rows have no load to spare */
-                __builtin_prefetch(strip + p * 16 + ahead, 0, 2);
-                FB_UNROLL
-                for (int j = 0; j < nv; j++)
-                    __builtin_prefetch(strip + j * strip_floats + (p + FB_AHEAD) * 16);
-            }
-            vf w[8];
-            FB_UNROLL
-            for (int j = 0; j < nv; j++)
-                w[j] = v_load(strip + j * strip_floats + p * 16);
-            FB_UNROLL
-            for (int i = 0; i < mr; i++) {
-                const vf x = v_set1(a[i * lda + p]);
-                FB_UNROLL
-                for (int j = 0; j < nv; j++)
-                    acc[i][j] = v_fma(x, w[j], acc[i][j]);
-            }
-        }
+        for (; p + FB_A_STEPS <= end; p += FB_A_STEPS)
+            fb_steps(mr, nv, FB_A_STEPS, a + p, lda, strip + p * 16, strip_floats, ahead, acc);
+#if FB_A_STEPS > 1
+        for (; p < end; p++)
+            fb_steps(mr, nv, 1, a + p, lda, strip + p * 16, strip_floats, ahead, acc);
+#endif
         if (before)
             add_rows(mr, nv, acc, before, ldb, t->last_columns);
         if (p == k)

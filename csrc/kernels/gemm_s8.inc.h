@@ -159,8 +159,9 @@ static inline __attribute__((always_inline)) void s8_steps(const int mr, const i
 }
 
 /* sums[i][j] = sum_p (a[i][p] - FB_A_SHIFT) * W[j][p] for mr rows and nv strips, rows of sums 8 * 16 apart. */
-static inline __attribute__((always_inline)) void s8_sums(const int mr, const int nv, const fb_s8_tile_args *t,
-                                                          int32_t *sums)
+static inline __attribute__((always_inline)) void s8_sums(const int mr, const int nv, ptrdiff_t k, const uint8_t *a,
+                                                          ptrdiff_t lda, const int8_t *strip, ptrdiff_t strip_bytes,
+                                                          ptrdiff_t ahead, int32_t *sums)
 {
     vi acc[FB_S8_MR][8];
     FB_UNROLL
@@ -170,13 +171,13 @@ static inline __attribute__((always_inline)) void s8_sums(const int mr, const in
         acc[i][j] = vi_set1(0);
 #if FB_S8_DEPTH == 2
     _Alignas(64) int16_t wide[FB_S8_MR][S8_BLOCK];
-    for (ptrdiff_t p = 0; p < t->k; p += S8_BLOCK) {
-        const ptrdiff_t block = t->k - p < S8_BLOCK ? t->k - p : S8_BLOCK;
-        s8_widen(mr, block, t->a + p, t->lda, wide);
-        s8_steps(mr, nv, block, wide[0], S8_BLOCK, t->strip + p * 16, t->strip_bytes, t->ahead, acc);
+    for (ptrdiff_t p = 0; p < k; p += S8_BLOCK) {
+        const ptrdiff_t block = k - p < S8_BLOCK ? k - p : S8_BLOCK;
+        s8_widen(mr, block, a + p, lda, wide);
+        s8_steps(mr, nv, block, wide[0], S8_BLOCK, strip + p * 16, strip_bytes, ahead, acc);
     }
 #else
-    s8_steps(mr, nv, t->k, t->a, t->lda, t->strip, t->strip_bytes, t->ahead, acc);
+    s8_steps(mr, nv, k, a, lda, strip, strip_bytes, ahead, acc);
 #endif
     FB_UNROLL
     for (int i = 0; i < mr; i++)
@@ -195,7 +196,7 @@ typedef void fb_s8_tile(const fb_s8_tile_args *t);
         for (int i = 0; i < mr; i++)                                                                                   \
             for (int j = 0; j < nv; j++)                                                                               \
                 __builtin_prefetch(t->c + i * t->ldc + j * 16, 1);                                                     \
-        FB_S8_SUMS(mr, nv, t, sums);                                                                                   \
+        FB_S8_SUMS(mr, nv, t->k, t->a, t->lda, t->strip, t->strip_bytes, t->ahead, sums);                              \
         s8_finish(0, mr, nv, sums, 8 * 16, t);                                                                         \
     }
 FB_S8_TILES(FB_TILE)
