@@ -52,6 +52,46 @@ uint32_t fb_cpu_features(void)
     return features;
 }
 
+#elif defined(__aarch64__) || defined(_M_ARM64)
+
+/* NEON is part of every ARMv8-A; what else there is only the OS can say. */
+
+#if defined(__APPLE__)
+#include <stddef.h>
+#include <sys/sysctl.h>
+static uint32_t asked(const char *name, uint32_t feature) /* sysctl names: Apple, "Determining instruction set ..." */
+{
+    int value = 0;
+    size_t bytes = sizeof value;
+    return sysctlbyname(name, &value, &bytes, NULL, 0) == 0 && value ? feature : 0;
+}
+static uint32_t optional_features(void)
+{
+    return asked("hw.optional.arm.FEAT_DotProd", FB_CPU_DOTPROD) | asked("hw.optional.arm.FEAT_I8MM", FB_CPU_I8MM);
+}
+
+#elif defined(_WIN32)
+#include <windows.h>
+/* PF_ARM_V82_DP_INSTRUCTIONS_AVAILABLE and PF_ARM_SVE_I8MM.. precede many SDKs: by number. */
+static uint32_t optional_features(void)
+{
+    return (IsProcessorFeaturePresent(43) ? FB_CPU_DOTPROD : 0) | (IsProcessorFeaturePresent(66) ? FB_CPU_I8MM : 0);
+}
+
+#elif defined(__linux__)
+#include <sys/auxv.h>
+/* From the kernel at process start, without /proc or /sys. Bits: Linux, arch/arm64/include/uapi/asm/hwcap.h. */
+static uint32_t optional_features(void)
+{
+    return (getauxval(AT_HWCAP) >> 20 & 1 ? FB_CPU_DOTPROD : 0) | (getauxval(AT_HWCAP2) >> 13 & 1 ? FB_CPU_I8MM : 0);
+}
+
+#else
+static uint32_t optional_features(void) { return 0; }
+#endif
+
+uint32_t fb_cpu_features(void) { return FB_CPU_NEON | optional_features(); }
+
 #else
 
 uint32_t fb_cpu_features(void) { return 0; }

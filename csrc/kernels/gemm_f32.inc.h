@@ -15,6 +15,15 @@
  */
 #include "unroll.h"
 
+/* How a row of A is held: va_load(p, steps) takes the next steps of k, FB_A_STEPS or 1; va_fma(a, step, w, acc) is
+ * fma(that step for all lanes, w, acc). A simd_*.h whose multiply-add can pick one lane brings its own. */
+#ifndef FB_A_STEPS
+#define FB_A_STEPS 1
+typedef vf va;
+static inline va va_load(const float *p, int steps) { return (void)steps, v_set1(*p); }
+static inline vf va_fma(va a, int step, vf w, vf acc) { return (void)step, v_fma(a, w, acc); }
+#endif
+
 /* One tile of C and what goes into it. */
 typedef struct fb_tile_args {
     ptrdiff_t k;    /* steps of this block */
@@ -32,6 +41,29 @@ typedef struct fb_tile_args {
 
 typedef void fb_tile(const fb_tile_args *t);
 
+/* acc += the next steps of k, one after the other, in ascending order. */
+static inline __attribute__((always_inline)) void fb_steps(const int mr, const int nv, const int steps, const float *a,
+                                                           ptrdiff_t lda, const float *strip, ptrdiff_t strip_floats,
+                                                           vf acc[][8])
+{
+    va x[FB_GEMM_MR];
+    FB_UNROLL
+    for (int s = 0; s < steps; s++) {
+        vf w[8];
+        FB_UNROLL
+        for (int j = 0; j < nv; j++)
+            w[j] = v_load(strip + j * strip_floats + s * 16);
+        FB_UNROLL
+        for (int i = 0; i < mr; i++) {
+            if (s == 0)
+                x[i] = va_load(a + i * lda, steps);
+            FB_UNROLL
+            for (int j = 0; j < nv; j++)
+                acc[i][j] = va_fma(x[i], s, w[j], acc[i][j]);
+        }
+    }
+}
+
 /* mr rows by nv strips over one block of k. mr and nv are constants at each call, so acc stays in registers. */
 static inline __attribute__((always_inline)) void fb_tile_any(const int mr, const int nv, const fb_tile_args *t)
 {
@@ -43,19 +75,11 @@ static inline __attribute__((always_inline)) void fb_tile_any(const int mr, cons
         FB_UNROLL
     for (int j = 0; j < nv; j++)
         acc[i][j] = v_set1(0.0f);
-    for (ptrdiff_t p = 0; p < k; p++) {
-        vf w[8];
-        FB_UNROLL
-        for (int j = 0; j < nv; j++)
-            w[j] = v_load(strip + j * strip_floats + p * 16);
-        FB_UNROLL
-        for (int i = 0; i < mr; i++) {
-            const vf x = v_set1(a[i * lda + p]);
-            FB_UNROLL
-            for (int j = 0; j < nv; j++)
-                acc[i][j] = v_fma(x, w[j], acc[i][j]);
-        }
-    }
+    ptrdiff_t p = 0;
+    for (; p + FB_A_STEPS <= k; p += FB_A_STEPS)
+        fb_steps(mr, nv, FB_A_STEPS, a + p, lda, strip + p * 16, strip_floats, acc);
+    for (; FB_A_STEPS > 1 && p < k; p++)
+        fb_steps(mr, nv, 1, a + p, lda, strip + p * 16, strip_floats, acc);
     FB_UNROLL
     for (int i = 0; i < mr; i++)
         FB_UNROLL

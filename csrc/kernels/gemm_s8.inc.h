@@ -3,10 +3,13 @@
  * A kernel file includes its simd_*.h, activations.inc.h and epilogue.inc.h, then defines
  *   vrow, vi_row(p), vi_dot(acc, row, w), FB_A_SHIFT     the dot product (meaning in simd_scalar.h)
  *   FB_S8_TILES(X), FB_S8_MR, fb_s8_strips               register tiles, as in gemm_f32.inc.h
+ * Where one dot product of four steps for 16 columns does not fit the instructions, it brings instead of vrow .. vi_dot
+ *   FB_S8_SUMS, FB_S8_DEPTH    a function like s8_sums below, and how many steps of a column lie together (4 otherwise)
  *
  * Packed W: strips of 16 columns of C. A strip is, for every four steps of k, the four bytes of each column in turn (one
  * zmm, two ymm, or one row of an AMX tile); then the sums of its columns, int32 [16]; then their scales, float32 [16]:
  *     w0[0..3] w1[0..3] .. w15[0..3] | w0[4..7] .. | .. | sum0 .. sum15 | scale0 .. scale15        K padded with 0
+ * With another FB_S8_DEPTH so many bytes of each column in turn.
  *
  * A tile runs over the whole of k, its int32 sums in registers, and writes finished float32.
  */
@@ -49,11 +52,14 @@ static void s8_finish(ptrdiff_t mr, ptrdiff_t nv, const int32_t *sums, const fb_
     }
 }
 
-static inline __attribute__((always_inline)) void fb_s8_tile_any(const int mr, const int nv, const fb_s8_tile_args *t)
+#ifndef FB_S8_SUMS
+#define FB_S8_SUMS s8_sums
+#define FB_S8_DEPTH 4
+/* sums[i][j] = sum_p (a[i][p] - FB_A_SHIFT) * W[j][p] for mr rows and nv strips, rows of sums 8 * 16 apart. */
+static inline __attribute__((always_inline)) void s8_sums(const int mr, const int nv, ptrdiff_t k, const uint8_t *a,
+                                                          ptrdiff_t lda, const int8_t *strip, ptrdiff_t strip_bytes,
+                                                          int32_t *sums)
 {
-    const ptrdiff_t k = t->k, lda = t->lda, strip_bytes = t->strip_bytes;
-    const uint8_t *a = t->a;
-    const int8_t *strip = t->strip;
     vi acc[FB_S8_MR][8];
     FB_UNROLL
     for (int i = 0; i < mr; i++)
@@ -73,17 +79,21 @@ static inline __attribute__((always_inline)) void fb_s8_tile_any(const int mr, c
                 acc[i][j] = vi_dot(acc[i][j], row, w[j]);
         }
     }
-    _Alignas(64) int32_t sums[FB_S8_MR][8 * 16];
     FB_UNROLL
     for (int i = 0; i < mr; i++)
         FB_UNROLL
     for (int j = 0; j < nv; j++)
-        vi_store(sums[i] + j * 16, acc[i][j]);
-    s8_finish(mr, nv, &sums[0][0], t);
+        vi_store(sums + (i * 8 + j) * 16, acc[i][j]);
 }
+#endif
 
 #define FB_TILE(mr, nv)                                                                                                \
-    static void s8_tile_##mr##x##nv(const fb_s8_tile_args *t) { fb_s8_tile_any(mr, nv, t); }
+    static void s8_tile_##mr##x##nv(const fb_s8_tile_args *t)                                                          \
+    {                                                                                                                  \
+        _Alignas(64) int32_t sums[mr * 8 * 16];                                                                        \
+        FB_S8_SUMS(mr, nv, t->k, t->a, t->lda, t->strip, t->strip_bytes, sums);                                        \
+        s8_finish(mr, nv, sums, t);                                                                                    \
+    }
 FB_S8_TILES(FB_TILE)
 #undef FB_TILE
 
@@ -108,10 +118,10 @@ static void FB_ISA_NAME(s8_pack)(ptrdiff_t n, ptrdiff_t k, const int8_t *w, ptrd
         memset(out, 0, (size_t)s8_strip_bytes(k));
         for (ptrdiff_t j = 0; j < 16 && s + j < n; j++) {
             const int8_t *row = w + (s + j) * ldw;
-            int8_t *column = out + j * 4;
+            int8_t *column = out + j * FB_S8_DEPTH;
             ptrdiff_t p = 0;
-            for (; p + 4 <= k; p += 4, column += 64)
-                memcpy(column, row + p, 4);
+            for (; p + FB_S8_DEPTH <= k; p += FB_S8_DEPTH, column += 16 * FB_S8_DEPTH)
+                memcpy(column, row + p, FB_S8_DEPTH);
             memcpy(column, row + p, (size_t)(k - p));
             int32_t sum = 0;
             for (p = 0; p < k; p++)
