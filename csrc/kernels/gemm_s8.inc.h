@@ -189,7 +189,6 @@ static void FB_ISA_NAME(gemm_s8)(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const ui
     for (ptrdiff_t g = 0; g < strip_groups; g++) {
         const ptrdiff_t s = strips * g / strip_groups, s_end = strips * (g + 1) / strip_groups, nv = s_end - s;
         const ptrdiff_t column = s * 16, columns = s_end * 16 <= n ? nv * 16 : n - column;
-        const ptrdiff_t next_bytes = row_groups == 1 || s_end == strips ? 0 : nv * s8_strip_bytes(k);
         for (ptrdiff_t h = 0; h < row_groups; h++) {
             const ptrdiff_t i = m * h / row_groups, mr = m * (h + 1) / row_groups - i;
             const float *residual = epilogue->residual ? epilogue->residual + i * epilogue->ldr + column : NULL;
@@ -207,9 +206,6 @@ static void FB_ISA_NAME(gemm_s8)(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const ui
                                        .last_columns = columns - (nv - 1) * 16,
                                        .c = c + i * ldc + column,
                                        .ldc = ldc};
-            /* a part of the next strips meanwhile: the hardware's own prefetch stops at every 4 KB */
-            for (ptrdiff_t p = next_bytes * h / row_groups; p < next_bytes * (h + 1) / row_groups; p += 64)
-                __builtin_prefetch(t.strip + next_bytes + p, 0, 2);
             s8_tiles[mr][nv](&t);
         }
     }
