@@ -62,12 +62,12 @@ enum { FB_K8 = 64 };
 static inline ptrdiff_t fb_k8(ptrdiff_t k) { return (k + FB_K8 - 1) / FB_K8 * FB_K8; }
 
 /* mix_f32: y = M x for each row, M orthogonal up to a power of two: spreads a few large elements over many, so that eight
- * bits resolve the rest. M works on whole vectors of 16 elements, never inside one. With v = n / 16 vectors:
+ * bits resolve the rest. M works on octets, 8 neighbouring elements, and keeps their order. With v = n / 8 octets:
  *
  *   v = 0, or n no multiple of 16    M = I
- *   otherwise  B = the largest power of two that divides v, at most 64: each run of B vectors goes through the
+ *   otherwise  B = the largest power of two that divides v, at most 128: each run of B octets goes through the
  *              Hadamard butterfly of size B (additions and subtractions, not scaled), strides 1, 2, 4, ... ascending;
- *              then, if 3 B divides v, vectors a, b, c that are B apart become a - m, b - m, c - m,
+ *              then, if 3 B divides v, octets a, b, c that are B apart become a - m, b - m, c - m,
  *              m = ((a + b) + c) * (2 / 3), 2 / 3 rounded to float32            (a Householder reflection)
  *
  * M is symmetric and M M = B I (fb_mix_gain), so x . w = (M x) . (M w) / B: weights are mixed once, at load.
@@ -79,7 +79,7 @@ typedef void fb_mix_f32(ptrdiff_t rows, ptrdiff_t n, const float *x, ptrdiff_t l
 static inline float fb_mix_gain(ptrdiff_t n)
 {
     ptrdiff_t gain = 1;
-    while (n > 0 && n % 16 == 0 && gain < 64 && n / 16 % (2 * gain) == 0)
+    while (n > 0 && n % 16 == 0 && gain < 128 && n / 8 % (2 * gain) == 0)
         gain *= 2;
     return (float)gain;
 }
@@ -91,9 +91,9 @@ static inline float fb_mix_gain(ptrdiff_t n)
  *
  *   x       [rows][k], rows ldx apart
  *   q       [rows][fb_k8(k)], rows ldq >= fb_k8(k) apart; bytes from k on are 0
- *   scale   [rows]; 0, with all q = zero = 0, where scale would be below 2^-120 (a row of zeros); NaN where the row holds a
- *           NaN or an infinity, so that all that is made from it is NaN
- *   zero    [rows] 0 .. 255; 0 where scale is NaN. There a NaN has q = 0, and the range is that of the other elements.
+ *   scale   [rows]; 0, with all q = zero = 0, where scale would be below 2^-120 (a row of zeros); NaN, with all q = zero = 0,
+ *           where the row holds a NaN or an infinity, so that all that is made from it is NaN
+ *   zero    [rows] 0 .. 255
  */
 typedef void fb_quantize_u8(ptrdiff_t rows, ptrdiff_t k, const float *x, ptrdiff_t ldx, uint8_t *q, ptrdiff_t ldq,
                             float *scale, int32_t *zero);

@@ -232,10 +232,10 @@ static fb_norm norm(walk *w, const char *prefix, ptrdiff_t n)
     return r;
 }
 
-/* `parts` linear layers of [out][in] stacked into one of [parts * out][in]. A missing bias is an error unless optional.
- */
+/* `parts` linear layers of [out][in] stacked into one of [parts * out][in], in int8 `mixed` or not. A missing bias is an
+ * error unless optional. */
 static fb_linear linear(walk *w, const char *prefix, const char *const *names, int parts, ptrdiff_t out, ptrdiff_t in,
-                        fb_precision precision, int bias_optional)
+                        fb_precision precision, int mixed, int bias_optional)
 {
     char name[160];
     const ptrdiff_t n = parts * out;
@@ -268,8 +268,9 @@ static fb_linear linear(walk *w, const char *prefix, const char *const *names, i
         w->kernels->gemm_f32->pack(n, in, w->staging, in, 1, (void *)r.packed);
         return r;
     }
-    const float gain = fb_mix_gain(in);
-    w->kernels->mix_f32(n, in, w->staging, in, w->staging, in);
+    const float gain = mixed ? fb_mix_gain(in) : 1.0f;
+    if (mixed)
+        w->kernels->mix_f32(n, in, w->staging, in, w->staging, in);
     for (ptrdiff_t j = 0; j < n; j++)
         w->scales[j] = quantize_row(in, w->staging + j * in, w->staging_s8 + j * in) / gain;
     w->kernels->gemm_s8->pack(n, in, w->staging_s8, in, w->scales, (void *)r.packed);
@@ -294,25 +295,26 @@ static void walk_model(walk *w, const fb_config *c, ptrdiff_t pooled_dim, fb_wei
     for (int i = 0; i < c->num_hidden_layers && w->status == FB_OK; i++) {
         fb_layer *layer = &out->layers[i];
 #define FB_PREFIX(rest) (snprintf(prefix, sizeof prefix, "encoder.layer.%d." rest, i), prefix)
-        layer->qkv = linear(w, FB_PREFIX("attention.self."), qkv, 3, hidden, hidden, c->precision, 0);
+        layer->qkv = linear(w, FB_PREFIX("attention.self."), qkv, 3, hidden, hidden, c->precision, 1, 0);
         layer->attention_output =
-            linear(w, FB_PREFIX("attention.output.dense"), itself, 1, hidden, hidden, c->precision, 0);
+            linear(w, FB_PREFIX("attention.output.dense"), itself, 1, hidden, hidden, c->precision, 0, 0);
         layer->attention_norm = norm(w, FB_PREFIX("attention.output.LayerNorm"), hidden);
         layer->intermediate =
-            linear(w, FB_PREFIX("intermediate.dense"), itself, 1, c->intermediate_size, hidden, c->precision, 0);
-        layer->output = linear(w, FB_PREFIX("output.dense"), itself, 1, hidden, c->intermediate_size, c->precision, 0);
+            linear(w, FB_PREFIX("intermediate.dense"), itself, 1, c->intermediate_size, hidden, c->precision, 1, 0);
+        layer->output =
+            linear(w, FB_PREFIX("output.dense"), itself, 1, hidden, c->intermediate_size, c->precision, 1, 0);
         layer->output_norm = norm(w, FB_PREFIX("output.LayerNorm"), hidden);
 #undef FB_PREFIX
     }
     memset(&out->pooler, 0, sizeof out->pooler);
     if (find(w, "pooler.dense.weight") != NULL)
-        out->pooler = linear(w, "pooler.dense", itself, 1, hidden, hidden, FB_FP32, 0);
+        out->pooler = linear(w, "pooler.dense", itself, 1, hidden, hidden, FB_FP32, 0, 0);
     for (int i = 0; i < c->num_dense && w->status == FB_OK; i++) {
         snprintf(prefix, sizeof prefix, "dense.%d.weight", i);
         const fb_tensor *t = find(w, prefix);
         const ptrdiff_t dim = t != NULL && t->rank == 2 && t->shape[0] > 0 ? (ptrdiff_t)t->shape[0] : 1;
         snprintf(prefix, sizeof prefix, "dense.%d", i);
-        out->dense[i] = linear(w, prefix, itself, 1, dim, pooled_dim, FB_FP32, 1);
+        out->dense[i] = linear(w, prefix, itself, 1, dim, pooled_dim, FB_FP32, 0, 1);
         pooled_dim = dim;
     }
 }

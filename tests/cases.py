@@ -570,7 +570,7 @@ class LayerNormF32:
 class MixF32:
     """out [rows][n] = M x; inplace: out is x.
 
-    M is the Kronecker product of 16-lane identity, Hadamard matrix and reflection: truth and bound are made from that
+    M is the Kronecker product of 8-lane identity, Hadamard matrix and reflection: truth and bound are made from that
     matrix, bits from the order of additions.
     """
 
@@ -596,15 +596,15 @@ class MixF32:
         return lambda repeat: kernels.mix_f32(x, out, repeat)
 
     def sizes(self) -> tuple[int, int, bool]:
-        """Lanes of a vector, vectors of a butterfly, whether three runs of that are reflected; (1, 1, False): M = I."""
-        vectors = self.n // 16
-        if vectors == 0 or self.n % 16:
+        """Lanes of an octet, octets of a butterfly, whether three runs of that are reflected; (1, 1, False): M = I."""
+        octets = self.n // 8
+        if octets == 0 or self.n % 16:
             return 1, 1, False
-        butterfly = min(vectors & -vectors, 64)
-        return 16, butterfly, vectors % (3 * butterfly) == 0
+        butterfly = min(octets & -octets, 128)
+        return 8, butterfly, octets % (3 * butterfly) == 0
 
     def matrix(self) -> F64:
-        """What M does to vectors of lanes [n / lanes][n / lanes]."""
+        """What M does to octets of lanes [n / lanes][n / lanes]."""
         lanes, butterfly, threes = self.sizes()
         m = np.ones((1, 1))
         while len(m) < butterfly:
@@ -614,7 +614,7 @@ class MixF32:
         return np.kron(np.eye(self.n // lanes // len(m)), m)
 
     def mixed(self, m: F64, x: NDArray[np.floating]) -> F64:
-        """m applied to the vectors of each row."""
+        """m applied to the octets of each row."""
         return (m @ x.astype(np.float64).reshape(self.rows, len(m), self.sizes()[0])).reshape(self.out_shape())
 
     def truth(self, operands: Operands) -> F64:
@@ -667,8 +667,7 @@ class MixF32:
 class QuantizeU8:
     """out [rows][k8(k) + 2] = q, zero, scale of x [rows][k]: copies of what the kernel writes, in float32.
 
-    truth is q and zero before rounding; bits are exact. Of a row with a NaN or an infinity the contract prescribes the
-    NaN scale alone; there bits are what its formulas give when maxima pass over NaN and NaN counts as 0 in q.
+    truth is q and zero before rounding; bits are exact.
     """
 
     op: ClassVar[str] = "quantize_u8"
@@ -725,14 +724,14 @@ class QuantizeU8:
             high = np.fmax.reduce(x, axis=1, initial=np.float32(0))
             low = np.fmin.reduce(x, axis=1, initial=np.float32(0))
             scale = high / np.float32(255) - low / np.float32(255)
-            used = scale >= np.float32(2.0**-120)
-            inverse = np.where(used, np.float32(1) / scale, np.float32(0))
-            zero = np.rint(-low * inverse)
-            q = np.rint(x * inverse[:, None]) + zero[:, None]
-            q = np.where(np.isnan(q), np.float32(0), np.clip(q, 0, 255))
             finite = np.isfinite(x).all(axis=1)
+            used = finite & (scale >= np.float32(2.0**-120))
+            inverse = np.where(used, np.float32(1) / scale, np.float32(0))
+            zero = np.where(used, np.rint(-low * inverse), np.float32(0))
+            q = np.clip(np.rint(x * inverse[:, None]) + zero[:, None], 0, 255)
+            q = np.where(used[:, None], q, np.float32(0))
             held = np.where(used, scale, np.float32(0))
-            return self._out(q, np.where(finite, zero, 0), np.where(finite, held, np.float32(np.nan)))
+            return self._out(q, zero, np.where(finite, held, np.float32(np.nan)))
 
     def wrong(self, operands: Operands) -> Iterator[tuple[str, F64]]:
         if self.rows * self.k == 0:

@@ -34,7 +34,7 @@ from tests.test_encoder import ISAS, bits, sentences
 STSB = Path(__file__).parents[2] / "shared" / "data" / "stsb" / "stsb-en-dev.csv"
 SUPPORTED = [name for name, supported in _core.isas() if supported]
 
-# Sizes decide how mix_f32 joins vectors of 16: none (40, 100), butterfly (64, 128), reflection (48), both (96, 384).
+# Sizes decide how mix_f32 joins octets: not at all (40, 100), butterfly (64, 128), and a reflection after it (48, 96, 384).
 SHAPES: dict[str, dict[str, Any]] = {
     "64": {"hidden_size": 64, "intermediate_size": 200, "hidden_act": "gelu_new"},
     "48": {"hidden_size": 48, "num_attention_heads": 3, "intermediate_size": 100, "hidden_act": "silu"},
@@ -125,7 +125,7 @@ def quantize_at_once(x: reference.Array) -> reference.Array:
 
 
 def butterfly_alone(x: NDArray[Any]) -> NDArray[Any]:
-    n, run = x.shape[1], 16 * reference.mix_run(x.shape[1])
+    n, run = x.shape[1], 8 * reference.mix_run(x.shape[1])
     return np.concatenate([reference_mix(x[:, j : j + run]) for j in range(0, n, run)], axis=1)
 
 
