@@ -32,13 +32,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """--sample: parametrised kernel tests by lot, the same for every run."""
     if sample := config.getoption("--sample"):
         part, parts = map(int, sample.split("/"))
-        left_out = [
-            item
-            for item in items
-            if item.path.stem == "test_kernels" and "[" in item.name and crc32(item.name.encode()) % parts != part % parts
-        ]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in {*left_out}]
+        cases = [item for item in items if item.path.stem == "test_kernels" and "[" in item.name]
+        left_out = {item for item in cases if crc32(item.name.encode()) % parts != part % parts}
+        config.hook.pytest_deselected(items=list(left_out))
+        items[:] = [item for item in items if item not in left_out]
 
 
 def pytest_report_header(config: pytest.Config) -> str:

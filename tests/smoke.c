@@ -61,8 +61,8 @@ static void make_tensors(void)
         static const struct {
             const char *name;
             int out, in, norm;
-        } layers[] = {{"attention.self.query", HIDDEN, HIDDEN, 0},   {"attention.self.key", HIDDEN, HIDDEN, 0},
-                      {"attention.self.value", HIDDEN, HIDDEN, 0},   {"attention.output", HIDDEN, HIDDEN, 1},
+        } layers[] = {{"attention.self.query", HIDDEN, HIDDEN, 0},     {"attention.self.key", HIDDEN, HIDDEN, 0},
+                      {"attention.self.value", HIDDEN, HIDDEN, 0},     {"attention.output", HIDDEN, HIDDEN, 1},
                       {"intermediate.dense", INTERMEDIATE, HIDDEN, 0}, {"output", HIDDEN, INTERMEDIATE, 1}};
         for (size_t j = 0; j < sizeof layers / sizeof layers[0]; j++) {
             char prefix[64], dense[96];

@@ -58,7 +58,10 @@ static inline vf v_min(vf a, vf b) { FB_QUARTERS(vf, v_min4(a.q[i], b.q[i])); }
 static inline vf v_fma(vf a, vf b, vf c) { FB_QUARTERS(vf, vfmaq_f32(c.q[i], a.q[i], b.q[i])); }
 static inline vf v_copysign(vf a, vf b) { FB_QUARTERS(vf, vbslq_f32(vdupq_n_u32(0x80000000u), b.q[i], a.q[i])); }
 static inline vf v_abs(vf a) { FB_QUARTERS(vf, vabsq_f32(a.q[i])); }
-static inline vf v_ifgt(vf a, vf b, vf x, vf y) { FB_QUARTERS(vf, vbslq_f32(vcgtq_f32(a.q[i], b.q[i]), x.q[i], y.q[i])); }
+static inline vf v_ifgt(vf a, vf b, vf x, vf y)
+{
+    FB_QUARTERS(vf, vbslq_f32(vcgtq_f32(a.q[i], b.q[i]), x.q[i], y.q[i]));
+}
 static inline float32x4_t v_scale2_4(float32x4_t p, float32x4_t t)
 {
     const int32x4_t exponent = vshlq_n_s32(vreinterpretq_s32_f32(t), 23);
@@ -109,15 +112,16 @@ static inline void v_transpose(vf r[16])
 #define FB_A_STEPS 4
 typedef float32x4_t va;
 static inline va va_load(const float *p, int steps) { return steps == 4 ? vld1q_f32(p) : vld1q_dup_f32(p); }
-static inline vf va_fma(va a, int step, vf w, vf acc)
+static inline float32x4_t va_fma4(va a, int step, float32x4_t w, float32x4_t acc)
 {
     switch (step) { /* a lane is part of the instruction */
-    case 0: { FB_QUARTERS(vf, vfmaq_laneq_f32(acc.q[i], w.q[i], a, 0)); }
-    case 1: { FB_QUARTERS(vf, vfmaq_laneq_f32(acc.q[i], w.q[i], a, 1)); }
-    case 2: { FB_QUARTERS(vf, vfmaq_laneq_f32(acc.q[i], w.q[i], a, 2)); }
-    default: { FB_QUARTERS(vf, vfmaq_laneq_f32(acc.q[i], w.q[i], a, 3)); }
+    case 0: return vfmaq_laneq_f32(acc, w, a, 0);
+    case 1: return vfmaq_laneq_f32(acc, w, a, 1);
+    case 2: return vfmaq_laneq_f32(acc, w, a, 2);
+    default: return vfmaq_laneq_f32(acc, w, a, 3);
     }
 }
+static inline vf va_fma(va a, int step, vf w, vf acc) { FB_QUARTERS(vf, va_fma4(a, step, w.q[i], acc.q[i])); }
 
 /* ---- 16 int32 lanes (simd_scalar.h) ---- */
 typedef struct {
