@@ -68,6 +68,10 @@ static inline float32x4_t v_scale2_4(float32x4_t p, float32x4_t t)
     return vmulq_f32(p, vreinterpretq_f32_s32(vaddq_s32(exponent, vdupq_n_s32(0x3f800000))));
 }
 static inline vf v_scale2(vf p, vf t) { FB_QUARTERS(vf, v_scale2_4(p.q[i], t.q[i])); }
+static inline vf v_fold(vf a)
+{
+    FB_QUARTERS(vf, i < 2 ? vaddq_f32(a.q[i], a.q[i + 2]) : vsubq_f32(a.q[i - 2], a.q[i]));
+}
 static inline float v_sum(vf a)
 {
     const float32x4_t x4 = vaddq_f32(vaddq_f32(a.q[0], a.q[2]), vaddq_f32(a.q[1], a.q[3]));
@@ -112,37 +116,30 @@ static inline void v_transpose(vf r[16])
 #define FB_A_STEPS 4
 typedef float32x4_t va;
 static inline va va_load(const float *p, int steps) { return steps == 4 ? vld1q_f32(p) : vld1q_dup_f32(p); }
-static inline vf va_fma(va a, int step, vf w, vf acc)
+static inline float32x4_t va_fma4(va a, int step, float32x4_t w, float32x4_t acc)
 {
     switch (step) { /* a lane is part of the instruction */
-    case 0: {
-        FB_QUARTERS(vf, vfmaq_laneq_f32(acc.q[i], w.q[i], a, 0));
-    }
-    case 1: {
-        FB_QUARTERS(vf, vfmaq_laneq_f32(acc.q[i], w.q[i], a, 1));
-    }
-    case 2: {
-        FB_QUARTERS(vf, vfmaq_laneq_f32(acc.q[i], w.q[i], a, 2));
-    }
-    default: {
-        FB_QUARTERS(vf, vfmaq_laneq_f32(acc.q[i], w.q[i], a, 3));
-    }
+    case 0: return vfmaq_laneq_f32(acc, w, a, 0);
+    case 1: return vfmaq_laneq_f32(acc, w, a, 1);
+    case 2: return vfmaq_laneq_f32(acc, w, a, 2);
+    default: return vfmaq_laneq_f32(acc, w, a, 3);
     }
 }
+static inline vf va_fma(va a, int step, vf w, vf acc) { FB_QUARTERS(vf, va_fma4(a, step, w.q[i], acc.q[i])); }
 
 /* ---- 16 int32 lanes (simd_scalar.h) ---- */
 typedef struct {
     int32x4_t q[4];
 } vi;
 
-static inline void v_to_u8(uint8_t *p, vf a, ptrdiff_t n)
+static inline void v_to_u8(uint8_t *p, vf a, vi zero, ptrdiff_t n)
 {
     uint16x4_t half[4];
     FB_UNROLL
-    for (int i = 0; i < 4; i++)
-        half[i] = vmovn_u32(vcvtnq_u32_f32(a.q[i]));
+    for (int i = 0; i < 4; i++) /* a NaN gives 0, and its row has zero 0 */
+        half[i] = vqmovun_s32(vaddq_s32(vcvtnq_s32_f32(a.q[i]), zero.q[i]));
     const uint8x16_t bytes =
-        vcombine_u8(vmovn_u16(vcombine_u16(half[0], half[1])), vmovn_u16(vcombine_u16(half[2], half[3])));
+        vcombine_u8(vqmovn_u16(vcombine_u16(half[0], half[1])), vqmovn_u16(vcombine_u16(half[2], half[3])));
     if (n == 16) {
         vst1q_u8(p, bytes);
     } else {
