@@ -8,7 +8,12 @@
  */
 #include "../csrc/kernels/unroll.h"
 
-#if defined(__AVX512VNNI__)
+#ifdef __AMXINT8__ /* Clang 14 */
+#define __AMX_INT8__ 1
+#endif
+#if defined(__AMX_INT8__)
+#include <immintrin.h>
+#elif defined(__AVX512VNNI__)
 #define DPBUSD "vpdpbusd"
 #elif defined(__AVXVNNI__)
 #define DPBUSD "%{vex%} vpdpbusd"
@@ -42,11 +47,28 @@ double peak_f32(long steps, float chains[CHAINS])
     return 2.0 * CHAINS * (BYTES / 4) * (double)steps;
 }
 
-/* Dot products of four unsigned and four signed bytes, added to an int32: vpdpbusd. Written out, because GCC 12 copies the
- * chains of the intrinsic from register to register in every step. */
+/* Dot products of four unsigned and four signed bytes, added to an int32: vpdpbusd, written out, because GCC 12 copies the
+ * chains of the intrinsic from register to register in every step; or on tiles tdpbusd, whose four chains cover its latency
+ * (52 cycles, one every 16). The process must have been permitted tiles (csrc/cpu.c). */
 double peak_s8(long steps, int chains[CHAINS])
 {
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+#if defined(__AMX_INT8__)
+    static const struct {
+        unsigned char palette, start_row, reserved[14];
+        unsigned short row_bytes[16];
+        unsigned char rows[16];
+    } shapes = {.palette = 1, .row_bytes = {64, 64, 64, 64, 64, 64}, .rows = {16, 16, 16, 16, 16, 16}};
+    (void)chains;
+    _tile_loadconfig(&shapes);
+    for (long i = 0; i < steps; i++) {
+        _tile_dpbusd(0, 4, 5);
+        _tile_dpbusd(1, 4, 5);
+        _tile_dpbusd(2, 4, 5);
+        _tile_dpbusd(3, 4, 5);
+    }
+    _tile_release();
+    return 2.0 * 4 * 16 * 16 * 64 * (double)steps;
+#elif defined(DPBUSD)
     typedef int vector __attribute__((vector_size(BYTES)));
     vector x[CHAINS];
     FB_UNROLL

@@ -17,6 +17,8 @@
  */
 #include "../cpu.h"
 #include "../kernels.h"
+
+#ifdef __x86_64__ /* 32-bit code has no tiles: there the set is empty, and cpu.c never grants what it needs */
 #include <math.h>
 #include <string.h>
 #include "simd_avx512.h"
@@ -207,10 +209,13 @@ static void gemm_s8_amx(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const uint8_t *a,
 }
 
 static const fb_gemm_s8 gemm_s8 = {"gemm_s8_32x32_amx", s8_packed_bytes_amx, s8_pack_amx, gemm_s8_amx};
+#endif
 
 const fb_kernels fb_kernels_amx = {
     .isa = "amx",
     .needs = FB_CPU_AVX512F | FB_CPU_AVX512BW | FB_CPU_AVX512DQ | FB_CPU_AVX512VL | FB_CPU_FMA | FB_CPU_F16C |
              FB_CPU_AMXTILE | FB_CPU_AMXINT8,
+#ifdef __x86_64__
     .gemm_s8 = &gemm_s8,
+#endif
 };
