@@ -60,18 +60,26 @@ class Tokenizer:
         Tokens that a text is cut to, special tokens included.
     """
 
-    def __init__(self, backend: "tokenizers.Tokenizer", max_seq_length: int, max_position_embeddings: int) -> None:
+    def __init__(
+        self,
+        backend: "tokenizers.Tokenizer",
+        max_seq_length: int,
+        max_position_embeddings: int,
+        type_vocab_size: int = 2,
+    ) -> None:
         backend.enable_truncation(max_seq_length)
         self.max_seq_length = max_seq_length
         self._backend = backend
         self._max_position_embeddings = max_position_embeddings
         self._breaks = _breaks(backend)
+        self._type_vocab_size = type_vocab_size
         self._one_type = not any(backend.encode("a").type_ids)
 
     def with_max_seq_length(self, max_seq_length: int) -> "Tokenizer":
         """This tokenizer with another limit. Raises ValueError where the model has not as many positions."""
         _check_length(self._backend, max_seq_length, self._max_position_embeddings)
-        return Tokenizer(copy.deepcopy(self._backend), max_seq_length, self._max_position_embeddings)
+        backend = copy.deepcopy(self._backend)
+        return Tokenizer(backend, max_seq_length, self._max_position_embeddings, self._type_vocab_size)
 
     def encode_batch(
         self, texts: Sequence[str], pairs: Sequence[str] | None = None, *, parallel: bool = False
@@ -96,7 +104,7 @@ class Tokenizer:
         np.cumsum(lengths, out=offsets[1:])
         tokens = int(offsets[-1])
         ids = np.fromiter(chain.from_iterable(e.ids for e in encodings), np.int32, tokens)
-        if pairs is None and self._one_type:
+        if self._type_vocab_size == 1 or (pairs is None and self._one_type):
             type_ids = np.zeros(tokens, np.int32)
         else:
             type_ids = np.fromiter(chain.from_iterable(e.type_ids for e in encodings), np.int32, tokens)
@@ -162,6 +170,7 @@ def load_tokenizer(
     max_seq_length: int | None = None,
     default_max_seq_length: int | None = None,
     do_lower_case: bool = False,
+    type_vocab_size: int = 2,
 ) -> Tokenizer:
     """Read the tokenizer of a BERT folder.
 
@@ -178,6 +187,8 @@ def load_tokenizer(
         tokenizer_config.json, else max_position_embeddings. Both are cut to max_position_embeddings.
     do_lower_case : bool
         Lower-case texts whatever tokenizer.json and tokenizer_config.json say (SentenceConfig.do_lower_case).
+    type_vocab_size : int
+        Of the model. With 1, as in RoBERTa, all tokens have type 0, those of a second text too.
 
     Raises
     ------
@@ -209,7 +220,7 @@ def load_tokenizer(
         limit = default_max_seq_length or _model_max_length(config_path, config)
         limit = min(limit, max_position_embeddings)
     _check_length(backend, limit, max_position_embeddings)
-    return Tokenizer(backend, limit, max_position_embeddings)
+    return Tokenizer(backend, limit, max_position_embeddings, type_vocab_size)
 
 
 # ---- the files ----
