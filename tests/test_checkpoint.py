@@ -13,6 +13,7 @@ from fastbert.checkpoint import ACTIVATIONS, BertConfig, encoder_shapes, load_ch
 from fastbert.tensors import Tensor
 from tests.models import MINIATURES, Model, bert_config, read_safetensors, write_model, write_safetensors
 
+
 def assert_same_weights(folder: Path, model: Model) -> None:
     tensors = load_checkpoint(folder).tensors
     assert tensors.keys() == model.weights.keys()

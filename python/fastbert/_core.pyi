@@ -10,9 +10,7 @@ class Model:
     def __init__(
         self,
         config: Mapping[str, Any],
-        tensors: Mapping[
-            str, tuple[Any, str, Sequence[int]] | tuple[Any, str, Sequence[int], Sequence[int] | None]
-        ],
+        tensors: Mapping[str, tuple[Any, str, Sequence[int]] | tuple[Any, str, Sequence[int], Sequence[int] | None]],
         isa: str | None = None,
     ) -> None: ...
     @property

@@ -25,7 +25,7 @@ from fastbert.files import map_file
 from fastbert.tensors import Tensor
 
 MAX_PICKLE_BYTES = 16 << 20  # a tensor takes about 150
-MAX_OPERATIONS = 1 << 20  # a tensor takes about 30
+MAX_OPERATIONS = 1 << 18  # a tensor takes about 30
 MAX_SHARING = 8
 
 # Keys under which training scripts put the state_dict into a larger dict.
