@@ -251,20 +251,34 @@ def block(entries: Iterable[tuple[bytes, bytes]], restart_interval: int = 16) ->
     return bytes(out) + struct.pack(f"<{len(restarts) + 1}I", *restarts, len(restarts))
 
 
-def table(blocks: Iterable[tuple[bytes, bytes]], *, compress: Any = None) -> bytes:
-    """A file of (last key or a short successor of it, contents) blocks. ``compress`` makes Snappy of contents."""
+EMPTY_BLOCK = block([])
+
+
+def table(
+    blocks: Iterable[tuple[bytes, bytes]],
+    *,
+    kind: int = 0,
+    compress: Any = None,
+    metaindex: bytes = EMPTY_BLOCK,
+    gap: bytes = b"",
+) -> bytes:
+    """A file of (last key or a successor of it, contents) blocks.
+
+    ``compress`` makes Snappy of contents, else ``kind`` is what data blocks are said to be; ``gap`` stands behind them.
+    """
     out, handles = bytearray(), []
 
-    def write(contents: bytes) -> bytes:
-        kind = b"\1" if compress else b"\0"
-        contents = compress(contents) if compress else contents
+    def write(contents: bytes, kind: int = 0) -> bytes:
+        contents, kind = (compress(contents), 1) if compress else (contents, kind)
         handle = varint(len(out)) + varint(len(contents))
-        out.extend(contents + kind + struct.pack("<I", masked(crc32c(contents + kind))))
+        contents += bytes([kind])
+        out.extend(contents + struct.pack("<I", masked(crc32c(contents))))
         return handle
 
     for key, contents in blocks:
-        handles.append((key, write(contents)))
-    footer = write(block([])) + write(block(handles, 1))
+        handles.append((key, write(contents, kind)))
+    out += gap
+    footer = write(metaindex) + write(block(handles, 1))
     return bytes(out) + footer.ljust(40, b"\0") + bytes.fromhex("57fb808b247547db")
 
 
@@ -298,7 +312,7 @@ def write_tensorflow(prefix: Path, tensors: Tensors, *, shards: int = 1, blocks:
 
 
 def tensorflow_name(name: str) -> tuple[str, bool]:
-    """The name in google-research/bert of a tensor of Hugging Face's BertForPreTraining, and whether it is transposed."""
+    """google-research/bert's name of a tensor of transformers' BertForPreTraining, and whether it is transposed there."""
     dense = name.endswith(".weight") and re.search(r"(query|key|value|dense)\.weight$", name) is not None
     name = name.replace("LayerNorm.weight", "LayerNorm/gamma").replace("LayerNorm.bias", "LayerNorm/beta")
     name = re.sub(r"layer\.(\d+)\.", r"layer_\1/", name)

@@ -10,7 +10,6 @@ import pytest
 from numpy.typing import NDArray
 
 from fastbert.checkpoint import ACTIVATIONS, BertConfig, encoder_shapes, load_checkpoint, load_config
-from fastbert.tensors import Tensor
 from tests.models import MINIATURES, Model, bert_config, read_safetensors, write_model, write_safetensors
 
 
@@ -75,7 +74,7 @@ def test_heads_and_buffers_are_kept_apart(tmp_path: Path) -> None:
     assert_same_weights(tmp_path, model)
     assert sorted(load_checkpoint(tmp_path).other) == sorted(heads.values())
     rewrite(tmp_path, lambda tensors: tensors.update({"qa_outputs.weight": zero}))
-    with pytest.raises(ValueError, match="qa_outputs.weight: expected one tensor of this meaning, got also"):
+    with pytest.raises(ValueError, match=r"qa_outputs.weight: expected one tensor of this meaning, got also"):
         load_checkpoint(tmp_path)
 
 

@@ -28,7 +28,7 @@ _CONFIGS = ("config.json", "bert_config.json", "modules.json")
 MAX_RATIO, MAX_RATIO_FROM = 64, 64 << 20
 
 STORED, DEFLATED = 0, 8
-# Flags: effort of the compressor, sizes and CRC follow the data, names are UTF-8. The others mean encryption and patches.
+# Flags: effort of the compressor; sizes and CRC follow the data; names are UTF-8. The others: encryption and patches.
 _EFFORT, _DESCRIPTOR, _UTF8 = 0x0006, 0x0008, 0x0800
 
 _LOCAL = struct.Struct("<4s5H3I2H")
@@ -102,7 +102,7 @@ def read_directory(path: Path, data: memoryview) -> dict[str, Entry]:
 
 
 def unpack(path: Path, data: memoryview, name: str, entry: Entry) -> Iterator[bytes]:
-    """The bytes of an entry in pieces of at most 1 MiB. Raises ValueError where size or CRC are not the declared ones."""
+    """The bytes of an entry in pieces of at most 1 MiB. ValueError where size or CRC differ from what is declared."""
     piece = 1 << 20
     done, crc = 0, 0
     packed = data[entry.start : entry.start + entry.packed_bytes]
@@ -119,7 +119,7 @@ def unpack(path: Path, data: memoryview, name: str, entry: Entry) -> Iterator[by
 
 @contextmanager
 def unpacked_model(path: Path) -> Iterator[Path]:
-    """Unpack the one model in an archive into a temporary folder, and give its folder there, which is deleted at the end.
+    """Unpack the one model in an archive, and give its folder: a temporary one, deleted at the end.
 
     Raises OSError, and ValueError with ``path`` where the archive is damaged, has no model or several, or would grow to
     more than MAX_RATIO times its size.
@@ -242,6 +242,6 @@ def _check_local(
     local = (flags, method, crc, packed, plain)
     if local != central and not (flags & _DESCRIPTOR and local == (*central[:2], 0, 0, 0)):
         raise ValueError(
-            f"{where}: expected equal flags, method, CRC and sizes in local header and directory, got {local}, {central}"
+            f"{where}: expected the same flags, method, CRC and sizes in both headers, got {local} and {central}"
         )
     return start

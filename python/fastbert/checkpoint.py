@@ -308,8 +308,8 @@ def open_weights(folder: Path, prefix: Path | None = None) -> tuple[Path, _Files
         if not found:
             others = sorted(entry.name for entry in folder.iterdir() if entry.suffix in _OTHER_WEIGHTS)
             raise FileNotFoundError(
-                f"{folder}: expected {', '.join(name for name, _, _ in _WEIGHTS)} or a TensorFlow checkpoint (*.index); "
-                f"found {', '.join(others) or 'no weights'}"
+                f"{folder}: expected {', '.join(name for name, _, _ in _WEIGHTS)} or a TensorFlow checkpoint "
+                f"(*.index); found {', '.join(others) or 'no weights'}"
             )
         prefix = found[0].with_suffix("")
     path = prefix.with_name(f"{prefix.name}.index")

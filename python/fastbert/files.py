@@ -47,7 +47,7 @@ def read_file(path: Path, max_bytes: int) -> bytes:
 def map_file(path: Path) -> memoryview:
     """The bytes of ``path``, mapped and read-only; they stay mapped as long as a view of them lives.
 
-    The file must not be made shorter meanwhile: the system would end the process (SIGBUS). Raises what open_file raises.
+    The file must not be made shorter meanwhile: the system would end the process (SIGBUS). Raises as open_file does.
     """
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size

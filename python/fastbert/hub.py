@@ -1,4 +1,4 @@
-"""Where a model is: a folder, a zip archive, a TensorFlow checkpoint, the hub's cache, an installed package, or the hub.
+"""Where a model is: a folder, an archive, a TensorFlow checkpoint, the hub's cache, an installed package, or the hub.
 
 A path never touches the network. The rest is huggingface_hub's: HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE, HF_ENDPOINT
 and HF_TOKEN mean what they mean there.
@@ -81,8 +81,8 @@ def resolve(
         return folder
     if folder.exists():
         raise NotADirectoryError(
-            f"{folder}: expected a folder with a model, a zip archive of one or a TensorFlow checkpoint (the path without "
-            ".index), got another file"
+            f"{folder}: expected a folder with a model, a zip archive of one or a TensorFlow checkpoint (its path "
+            "without .index), got another file"
         )
     if not isinstance(model, str) or _is_path(model):
         raise FileNotFoundError(f"{folder}: expected a folder with a model, found nothing")
@@ -97,7 +97,7 @@ def resolve(
 
 @contextmanager
 def open_model(path: Path) -> Iterator[tuple[Path, Path | None]]:
-    """What resolve gave, as (folder, prefix of the TensorFlow checkpoint if one was named); an archive unpacked meanwhile."""
+    """(folder, prefix of the TensorFlow checkpoint if one was named) of what resolve gave, an archive unpacked."""
     if path.is_dir():
         yield path, None
     elif is_archive(path):

@@ -15,7 +15,6 @@ block_builder.cc, tensorflow/core/protobuf/tensor_bundle.proto; Snappy, format_d
 import math
 import os
 import re
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
