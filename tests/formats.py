@@ -312,7 +312,7 @@ def write_tensorflow(prefix: Path, tensors: Tensors, *, shards: int = 1, blocks:
 
 
 def tensorflow_name(name: str) -> tuple[str, bool]:
-    """google-research/bert's name of a tensor of transformers' BertForPreTraining, and whether it is transposed there."""
+    """google-research/bert's name of a tensor of transformers' BertForPreTraining; whether it is transposed there."""
     dense = name.endswith(".weight") and re.search(r"(query|key|value|dense)\.weight$", name) is not None
     name = name.replace("LayerNorm.weight", "LayerNorm/gamma").replace("LayerNorm.bias", "LayerNorm/beta")
     name = re.sub(r"layer\.(\d+)\.", r"layer_\1/", name)
