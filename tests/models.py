@@ -341,6 +341,7 @@ def write_model(
     tokenizer: str | None = "vocab",
     vocabulary: Sequence[str] = VOCABULARY,
     sentence: Sentence | None = None,
+    model: Model | None = None,
     **config: Any,
 ) -> Model:
     """Write a Hugging Face BERT folder with random weights, and return the model as the files hold it.
@@ -372,11 +373,13 @@ def write_model(
         Word pieces in the order of their ids; vocab_size defaults to their number.
     sentence : Sentence or None
         Adds modules.json and what it refers to, in the layout of all-MiniLM-L6-v2.
+    model : Model or None
+        What an earlier call with the same arguments but for the form of the files returned: saves time.
     **config
         Keys of config.json, as in bert_config: hidden_size=..., hidden_act="gelu_new", model_type=None.
     """
     config = bert_config(**({"vocab_size": len(vocabulary)} | config))
-    model = random_model(seed=seed, sentence=sentence, dtype=dtype, pooler=pooler, **config)
+    model = model or random_model(seed=seed, sentence=sentence, dtype=dtype, pooler=pooler, **config)
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / "config.json", config)
 

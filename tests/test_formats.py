@@ -54,11 +54,12 @@ def test_miniatures(tmp_path: Path, number: int, request: pytest.FixtureRequest)
     everything = request.config.getoption("--exhaustive") or number == 0
     shape = {key: value for key, value in MINIATURES[number].items() if key != "vocab_size"}  # the tests' small one
     for dtype in DTYPES if everything else [DTYPES[number % 3]]:
-        expected = None
+        expected = model = None
         for i, (format, prefix, heads) in enumerate(WAYS):
             if not everything and i > 0 and i % 2 == number % 2:
                 continue
-            write_model(tmp_path / "m", format=format, prefix=prefix, heads=heads, dtype=dtype, **shape)
+            options = {"format": format, "prefix": prefix, "heads": heads, "dtype": dtype, "model": model}
+            model = write_model(tmp_path / "m", **options, **shape)
             found = outputs(tmp_path / "m")
             shutil.rmtree(tmp_path / "m")
             expected = found if expected is None else expected
