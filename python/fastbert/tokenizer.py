@@ -177,7 +177,8 @@ def load_tokenizer(
     Parameters
     ----------
     folder : Path
-        With tokenizer.json or vocab.txt, and perhaps tokenizer_config.json and special_tokens_map.json.
+        With tokenizer.json or vocab.txt, and perhaps tokenizer_config.json and special_tokens_map.json. Where nothing
+        but bert_config.json describes a model, one with capitals in its vocabulary is cased.
     vocab_size, max_position_embeddings : int
         Of the model.
     max_seq_length : int, optional
@@ -200,6 +201,9 @@ def load_tokenizer(
     """
     config_path = folder / "tokenizer_config.json"
     config = read_optional_json(config_path)
+    there = [(folder / name).exists() for name in ("bert_config.json", "vocab.txt", "config.json", "tokenizer.json")]
+    if not config and there == [True, True, False, False]:
+        config = {"do_lower_case": not _is_cased(folder / "vocab.txt")}
     # transformers gives special_tokens_map.json the last word on the special tokens.
     tokens = _special_tokens(config_path, config | read_optional_json(folder / "special_tokens_map.json"))
     normalizer = _normalizer(config_path, config)
@@ -300,6 +304,15 @@ def _from_vocabulary(
     _add_template(path, backend, tokens)
     backend.add_special_tokens([token for token in tokens.values() if token in vocabulary])
     return backend
+
+
+def _is_cased(path: Path) -> bool:
+    """Whether pieces have capitals: google-research/bert says it in the name of a download alone, "cased_L-12_...".
+
+    The special tokens, [PAD] and so on, have capitals in every vocabulary.
+    """
+    lines = read_file(path, MAX_TOKENIZER_BYTES).split(b"\n")
+    return any(line != line.lower() and not line.startswith(b"[") for line in lines)  # ASCII alone
 
 
 def _add_template(path: Path, backend: "tokenizers.Tokenizer", tokens: Mapping[str, str]) -> None:

@@ -1,6 +1,6 @@
 """A fuzzing target for each format: the content of a file, which may be refused with ValueError or OSError.
 
-    python -m tests.fuzz.run                                            a few seconds of seeded mutations for each target
+    python -m tests.fuzz.run                                            seconds of seeded mutations for each target
     python -m tests.fuzz.run --target pytorch --seconds 600
     python -m tests.fuzz.run --target pytorch --seconds 600 --atheris   guided by coverage (pip install atheris)
 
