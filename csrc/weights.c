@@ -55,39 +55,66 @@ static float from_bits(uint32_t bits)
     return x;
 }
 
+/* Without branches, so that a compiler turns loops of it into vectors. Subnormals are fraction * 2^-24, exact. */
 static float from_f16(uint16_t h)
 {
-    const uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = h >> 10 & 31, fraction = h & 0x3ff;
-    if (exponent == 0) /* zero and subnormal: fraction * 2^-24, exact */
-        return from_bits(sign) + (sign ? -1.0f : 1.0f) * (float)fraction * 0x1p-24f;
-    if (exponent == 31)
-        return from_bits(sign | 0x7f800000 | fraction << 13);
-    return from_bits(sign | (exponent + 112) << 23 | fraction << 13);
+    const uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = h & 0x7c00, fraction = h & 0x3ff;
+    const float small = (float)(int32_t)fraction * 0x1p-24f;
+    const uint32_t offset = exponent == 0x7c00 ? 0x70000000u : 0x38000000u; /* 224 and 112 exponents higher */
+    uint32_t bits;
+    memcpy(&bits, &small, sizeof bits);
+    bits = exponent ? ((uint32_t)(h & 0x7fff) << 13) + offset : bits;
+    return from_bits(sign | bits);
 }
 
-/* count elements of an unaligned little-endian tensor, from element `first` on, to float32. */
-static void convert(const fb_tensor *t, int64_t first, int64_t count, float *out)
+/* count elements of an unaligned little-endian array, stride apart, to float32. */
+static inline void convert_row(fb_dtype dtype, const unsigned char *in, int64_t stride, int64_t count, float *out)
 {
-    const size_t item = t->dtype == FB_F64 ? 8 : t->dtype == FB_F32 ? 4 : 2;
-    const unsigned char *in = (const unsigned char *)t->data + (size_t)first * item;
-    switch (t->dtype) {
-    case FB_F32: memcpy(out, in, (size_t)count * sizeof *out); break;
+    uint16_t h;
+    double d;
+    switch (dtype) {
+    case FB_F32:
+        for (int64_t i = 0; i < count; i++)
+            memcpy(out + i, in + 4 * i * stride, sizeof *out);
+        break;
     case FB_F16:
+        for (int64_t i = 0; i < count; i++) {
+            memcpy(&h, in + 2 * i * stride, sizeof h);
+            out[i] = from_f16(h);
+        }
+        break;
     case FB_BF16:
         for (int64_t i = 0; i < count; i++) {
-            uint16_t h;
-            memcpy(&h, in + 2 * i, sizeof h);
-            out[i] = t->dtype == FB_F16 ? from_f16(h) : from_bits((uint32_t)h << 16);
+            memcpy(&h, in + 2 * i * stride, sizeof h);
+            out[i] = from_bits((uint32_t)h << 16);
         }
         break;
     case FB_F64:
         for (int64_t i = 0; i < count; i++) {
-            double d;
-            memcpy(&d, in + 8 * i, sizeof d);
+            memcpy(&d, in + 8 * i * stride, sizeof d);
             out[i] = (float)d;
         }
         break;
     }
+}
+
+/* Rows first .. first + rows - 1 of a tensor [..][columns] or, of rank 1, [columns], to float32 in C order. */
+static void convert(const fb_tensor *t, int64_t first, int64_t rows, int64_t columns, float *out)
+{
+    const int64_t item = t->dtype == FB_F64 ? 8 : t->dtype == FB_F32 ? 4 : 2;
+    const int64_t row = t->strides == NULL || t->rank == 1 ? columns : t->strides[0];
+    const int64_t column = t->strides == NULL ? 1 : t->strides[t->rank - 1];
+    const unsigned char *in = (const unsigned char *)t->data + first * row * item;
+    if (column == 1 && row == columns)
+        convert_row(t->dtype, in, 1, rows * columns, out);
+    else if (column == 1)
+        for (int64_t i = 0; i < rows; i++)
+            convert_row(t->dtype, in + i * row * item, 1, columns, out + i * columns);
+    else /* a transposed matrix: in blocks of 16 columns, whose cache lines stay for the next rows */
+        for (int64_t j = 0; j < columns; j += 16)
+            for (int64_t i = 0; i < rows; i++)
+                convert_row(t->dtype, in + (i * row + j * column) * item, column, columns - j < 16 ? columns - j : 16,
+                            out + i * columns + j);
 }
 
 /* ---- the walk ---- */
@@ -164,7 +191,7 @@ static const float *table(walk *w, const char *name, ptrdiff_t rows, ptrdiff_t c
     const ptrdiff_t count = (rows ? rows : 1) * columns;
     float *out = take(w, (size_t)count * sizeof *out);
     if (t != NULL && out != NULL)
-        convert(t, 0, count, out);
+        convert(t, 0, rows ? rows : 1, columns, out);
     return out;
 }
 
@@ -216,7 +243,7 @@ static void quantized_table(walk *w, const char *name, ptrdiff_t rows, ptrdiff_t
     *table = q;
     *scales = s;
     for (ptrdiff_t i = 0; t != NULL && q != NULL && i < rows; i++) {
-        convert(t, i * columns, columns, w->staging);
+        convert(t, i, 1, columns, w->staging);
         s[i] = quantize_row(columns, w->staging, q + i * columns);
     }
 }
@@ -252,7 +279,7 @@ static fb_linear linear(walk *w, const char *prefix, const char *const *names, i
         snprintf(name, sizeof name, "%s%s.weight", prefix, names[part]);
         const fb_tensor *t = expect(w, name, out, in);
         if (t != NULL && w->block != NULL)
-            convert(t, 0, out * in, w->staging + part * out * in);
+            convert(t, 0, out, in, w->staging + part * out * in);
         snprintf(name, sizeof name, "%s%s.bias", prefix, names[part]);
         if (bias_optional && find(w, name) == NULL)
             continue;
@@ -260,7 +287,7 @@ static fb_linear linear(walk *w, const char *prefix, const char *const *names, i
         if (part == 0)
             r.bias = bias = take(w, (size_t)n * sizeof *bias);
         if (t != NULL && w->block != NULL)
-            convert(t, 0, out, bias + part * out);
+            convert(t, 0, 1, out, bias + part * out);
     }
     if (w->status != FB_OK || w->block == NULL)
         return r;
