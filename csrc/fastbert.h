@@ -89,6 +89,7 @@ typedef struct fb_tensor {
     fb_dtype dtype;
     int rank;
     int64_t shape[4];
+    int mapped; /* data lies in a read-only mapping of a file: fb_load lets its pages go once they are read */
 } fb_tensor;
 
 typedef struct fb_model fb_model;

@@ -4,6 +4,8 @@
 from libc.stdint cimport int32_t, int64_t
 from libc.stdlib cimport calloc, free
 
+from mmap import mmap
+
 import numpy as np
 
 
@@ -59,6 +61,7 @@ cdef extern from "fastbert.h" nogil:
         fb_dtype dtype
         int rank
         int64_t shape[4]
+        int mapped
     ctypedef struct fb_model:
         pass
     fb_status fb_load(const fb_config *, const fb_tensor *, size_t, const char *, fb_model **, fb_error *)
@@ -207,6 +210,7 @@ cdef class Model:
                 table[i].data = NULL if view is None else &view[0]
                 table[i].dtype = <fb_dtype><int>DTYPES[dtype]
                 table[i].rank = len(shape)
+                table[i].mapped = view is not None and memoryview(data).readonly and isinstance(memoryview(data).obj, mmap)
                 for axis, n in enumerate(shape):
                     table[i].shape[axis] = n
                 i += 1
