@@ -90,6 +90,7 @@ typedef struct fb_tensor {
     int rank;
     int64_t shape[4];
     const int64_t *strides; /* [rank] elements from an index to the next; NULL: C order */
+    int mapped; /* data lies in a read-only mapping of a file: fb_load lets its pages go once they are read */
 } fb_tensor;
 
 typedef struct fb_model fb_model;

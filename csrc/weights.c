@@ -11,8 +11,9 @@
 #include <string.h>
 #ifdef _WIN32
 #include <malloc.h>
-#elif defined(__linux__)
+#else
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 /* Large blocks ask for huge pages: a forward pass walks through all weights, and 4 KB pages cost a walk of the page
@@ -117,6 +118,22 @@ static void convert(const fb_tensor *t, int64_t first, int64_t rows, int64_t col
                             out + i * columns + j);
 }
 
+/* Lets the pages of a mapped tensor go, so that file and packed weights are not both in memory. */
+static void let_go(const fb_tensor *t)
+{
+#if defined(__linux__) || defined(__APPLE__)
+    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), data = (uintptr_t)t->data;
+    uintptr_t bytes = t->dtype == FB_F64 ? 8 : t->dtype == FB_F32 ? 4 : 2;
+    for (int i = 0; i < t->rank; i++)
+        bytes *= (uintptr_t)t->shape[i];
+    const uintptr_t begin = (data + page - 1) / page * page, end = (data + bytes) / page * page;
+    if (t->mapped && begin < end)
+        madvise((void *)begin, end - begin, MADV_DONTNEED);
+#else
+    (void)t;
+#endif
+}
+
 /* ---- the walk ---- */
 
 typedef struct walk {
@@ -190,8 +207,10 @@ static const float *table(walk *w, const char *name, ptrdiff_t rows, ptrdiff_t c
     const fb_tensor *t = expect(w, name, rows, columns);
     const ptrdiff_t count = (rows ? rows : 1) * columns;
     float *out = take(w, (size_t)count * sizeof *out);
-    if (t != NULL && out != NULL)
+    if (t != NULL && out != NULL) {
         convert(t, 0, rows ? rows : 1, columns, out);
+        let_go(t);
+    }
     return out;
 }
 
@@ -246,6 +265,8 @@ static void quantized_table(walk *w, const char *name, ptrdiff_t rows, ptrdiff_t
         convert(t, i, 1, columns, w->staging);
         s[i] = quantize_row(columns, w->staging, q + i * columns);
     }
+    if (t != NULL && q != NULL)
+        let_go(t);
 }
 
 static fb_norm norm(walk *w, const char *prefix, ptrdiff_t n)
@@ -278,8 +299,10 @@ static fb_linear linear(walk *w, const char *prefix, const char *const *names, i
     for (int part = 0; part < parts; part++) {
         snprintf(name, sizeof name, "%s%s.weight", prefix, names[part]);
         const fb_tensor *t = expect(w, name, out, in);
-        if (t != NULL && w->block != NULL)
+        if (t != NULL && w->block != NULL) {
             convert(t, 0, out, in, w->staging + part * out * in);
+            let_go(t);
+        }
         snprintf(name, sizeof name, "%s%s.bias", prefix, names[part]);
         if (bias_optional && find(w, name) == NULL)
             continue;

@@ -187,15 +187,22 @@ static inline __attribute__((always_inline)) void s8_sums(const int mr, const in
 }
 #endif
 
+/* Asks for the lines of C at the start of a tile. Stores that wait for memory would hold up all stores after them, the first
+ * of the next tile included: without this, N = 1536 ran a quarter slower than N = 384 on avx2 (K = 384, 2026-11). */
+static inline void s8_ask_for_c(const int mr, const int nv, const fb_s8_tile_args *t)
+{
+    for (int i = 0; i < mr; i++)
+        for (int j = 0; j < nv; j++)
+            __builtin_prefetch(t->c + i * t->ldc + j * 16, 1);
+}
+
 typedef void fb_s8_tile(const fb_s8_tile_args *t);
 
 #define FB_TILE(mr, nv)                                                                                                \
     static void s8_tile_##mr##x##nv(const fb_s8_tile_args *t)                                                          \
     {                                                                                                                  \
         _Alignas(64) int32_t sums[mr * 8 * 16];                                                                        \
-        for (int i = 0; i < mr; i++)                                                                                   \
-            for (int j = 0; j < nv; j++)                                                                               \
-                __builtin_prefetch(t->c + i * t->ldc + j * 16, 1);                                                     \
+        s8_ask_for_c(mr, nv, t);                                                                                       \
         FB_S8_SUMS(mr, nv, t->k, t->a, t->lda, t->strip, t->strip_bytes, t->ahead, sums);                              \
         s8_finish(0, mr, nv, sums, 8 * 16, t);                                                                         \
     }

@@ -5,6 +5,7 @@ from libc.stdint cimport int32_t, int64_t, uint32_t
 from libc.stdlib cimport calloc, free
 
 import math
+from mmap import mmap
 
 import numpy as np
 
@@ -62,6 +63,7 @@ cdef extern from "fastbert.h" nogil:
         int rank
         int64_t shape[4]
         const int64_t *strides
+        int mapped
     ctypedef struct fb_model:
         pass
     fb_status fb_load(const fb_config *, const fb_tensor *, size_t, const char *, fb_model **, fb_error *)
@@ -219,6 +221,7 @@ cdef class Model:
                 table[i].data = NULL if view is None else &view[0]
                 table[i].dtype = <fb_dtype><int>DTYPES[dtype]
                 table[i].rank = len(shape)
+                table[i].mapped = view is not None and memoryview(data).readonly and isinstance(memoryview(data).obj, mmap)
                 for axis, n in enumerate(shape):
                     table[i].shape[axis] = n
                 if strides is not None:
