@@ -55,8 +55,7 @@ static float from_f16(uint16_t h)
     return from_bits(sign | (exponent + 112) << 23 | fraction << 13);
 }
 
-/* count elements of an unaligned little-endian tensor, from element `first` on, to float32. */
-static void convert(const fb_tensor *t, int64_t first, int64_t count, float *out)
+void fb_tensor_to_f32(const fb_tensor *t, int64_t first, int64_t count, float *out)
 {
     const size_t item = t->dtype == FB_F64 ? 8 : t->dtype == FB_F32 ? 4 : 2;
     const unsigned char *in = (const unsigned char *)t->data + (size_t)first * item;
@@ -154,7 +153,7 @@ static const float *table(walk *w, const char *name, ptrdiff_t rows, ptrdiff_t c
     const ptrdiff_t count = (rows ? rows : 1) * columns;
     float *out = take(w, (size_t)count * sizeof *out);
     if (t != NULL && out != NULL)
-        convert(t, 0, count, out);
+        fb_tensor_to_f32(t, 0, count, out);
     return out;
 }
 
@@ -206,7 +205,7 @@ static void quantized_table(walk *w, const char *name, ptrdiff_t rows, ptrdiff_t
     *table = q;
     *scales = s;
     for (ptrdiff_t i = 0; t != NULL && q != NULL && i < rows; i++) {
-        convert(t, i * columns, columns, w->staging);
+        fb_tensor_to_f32(t, i * columns, columns, w->staging);
         s[i] = quantize_row(columns, w->staging, q + i * columns);
     }
 }
@@ -242,7 +241,7 @@ static fb_linear linear(walk *w, const char *prefix, const char *const *names, i
         snprintf(name, sizeof name, "%s%s.weight", prefix, names[part]);
         const fb_tensor *t = expect(w, name, out, in);
         if (t != NULL && w->block != NULL)
-            convert(t, 0, out * in, w->staging + part * out * in);
+            fb_tensor_to_f32(t, 0, out * in, w->staging + part * out * in);
         snprintf(name, sizeof name, "%s%s.bias", prefix, names[part]);
         if (bias_optional && find(w, name) == NULL)
             continue;
@@ -250,7 +249,7 @@ static fb_linear linear(walk *w, const char *prefix, const char *const *names, i
         if (part == 0)
             r.bias = bias = take(w, (size_t)n * sizeof *bias);
         if (t != NULL && w->block != NULL)
-            convert(t, 0, out, bias + part * out);
+            fb_tensor_to_f32(t, 0, out, bias + part * out);
     }
     if (w->status != FB_OK || w->block == NULL)
         return r;

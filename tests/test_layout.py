@@ -25,6 +25,7 @@ C_ARROWS = {
     "pooling": "fastbert",
     "dispatch": "isa cpu kernels error",
     "weights": "kernels error",
+    "head": "weights threads dispatch error fastbert",
     "bert": "weights pooling threads dispatch error fastbert",
 }
 KERNEL_ARROWS = {
