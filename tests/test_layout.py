@@ -35,10 +35,17 @@ KERNEL_ARROWS = {
 
 # module of the package -> modules of the package it may import
 PYTHON_ARROWS = {
-    "__init__": "_core encoder",
+    "__init__": "_core encoder classification token_classification question_answering masked_lm",
     "__main__": "cli",
-    "cli": "_core encoder",
-    "encoder": "_core checkpoint sentence tokenizer hub",
+    "cli": "_core encoder classification glue",
+    "glue": "classification",
+    "classification": "_core heads encoder pretrained sentence tokenizer",
+    "token_classification": "_core heads pretrained tokenizer",
+    "question_answering": "_core heads pretrained",
+    "masked_lm": "_core heads pretrained tokenizer",
+    "heads": "_core pretrained checkpoint tokenizer files",
+    "encoder": "_core pretrained sentence tokenizer",
+    "pretrained": "_core checkpoint safetensors tokenizer hub",
     "sentence": "checkpoint safetensors files",
     "checkpoint": "safetensors files",
     "safetensors": "files",

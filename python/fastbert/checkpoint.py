@@ -90,6 +90,21 @@ class Checkpoint:
     other: dict[str, Tensor]
     """All other tensors (heads), under their names in the file."""
 
+    def find(self, name: str, shape: Iterable[int]) -> Tensor | None:
+        """The tensor that transformers calls `name`, without the prefix of the encoder; None if there is none.
+
+        Raises ValueError, which names folder and tensor, for another shape or dtype, or two tensors of this meaning.
+        """
+        places = {stored: tensor for stored, tensor in self.other.items() if _canonical(stored) == name}
+        if name in self.tensors:
+            places[name] = self.tensors[name]
+        if len(places) > 1:
+            raise ValueError(f"{self.folder}: {name}: expected one tensor of this meaning, got {', '.join(places)}")
+        for stored, tensor in places.items():
+            check_tensor(f"{self.folder}: {stored}", tensor, shape)
+            return tensor
+        return None
+
 
 def load_checkpoint(folder: Path) -> Checkpoint:
     """Read config.json and model.safetensors (or the shards of model.safetensors.index.json).

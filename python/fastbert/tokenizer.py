@@ -11,6 +11,7 @@ import copy
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,11 +59,21 @@ class Tokenizer:
     ----------
     max_seq_length : int
         Tokens that a text is cut to, special tokens included.
+    special_ids : dict of str to int or None
+        The ids of "unk", "cls", "sep", "pad" and "mask"; None for one that the vocabulary lacks.
     """
 
-    def __init__(self, backend: "tokenizers.Tokenizer", max_seq_length: int, max_position_embeddings: int) -> None:
+    def __init__(
+        self,
+        backend: "tokenizers.Tokenizer",
+        max_seq_length: int,
+        max_position_embeddings: int,
+        special_tokens: Mapping[str, str],
+    ) -> None:
         backend.enable_truncation(max_seq_length)
         self.max_seq_length = max_seq_length
+        self.special_ids = {role: backend.token_to_id(token) for role, token in special_tokens.items()}
+        self._special_tokens = special_tokens
         self._backend = backend
         self._max_position_embeddings = max_position_embeddings
         self._breaks = _breaks(backend)
@@ -71,7 +82,8 @@ class Tokenizer:
     def with_max_seq_length(self, max_seq_length: int) -> "Tokenizer":
         """This tokenizer with another limit. Raises ValueError where the model has not as many positions."""
         _check_length(self._backend, max_seq_length, self._max_position_embeddings)
-        return Tokenizer(copy.deepcopy(self._backend), max_seq_length, self._max_position_embeddings)
+        backend = copy.deepcopy(self._backend)
+        return Tokenizer(backend, max_seq_length, self._max_position_embeddings, self._special_tokens)
 
     def encode_batch(
         self, texts: Sequence[str], pairs: Sequence[str] | None = None, *, parallel: bool = False
@@ -90,27 +102,96 @@ class Tokenizer:
             TOKENIZERS_PARALLELISM and RAYON_NUM_THREADS limit them; a later fork prints a warning. False: all work is
             done by the calling thread. The result is the same.
         """
-        encodings = self._encode(texts, pairs, parallel)
+        return self._to_batch(self._encode(texts, pairs, parallel), pairs is None and self._one_type)
+
+    def to_batch(self, encodings: "Sequence[tokenizers.Encoding]") -> TokenBatch:
+        """The tokens of all encodings in one row."""
+        return self._to_batch(encodings, False)
+
+    def _to_batch(self, encodings: "Sequence[tokenizers.Encoding]", one_type: bool) -> TokenBatch:
         lengths = [len(encoding) for encoding in encodings]
         offsets = np.zeros(len(lengths) + 1, np.int64)
         np.cumsum(lengths, out=offsets[1:])
         tokens = int(offsets[-1])
         ids = np.fromiter(chain.from_iterable(e.ids for e in encodings), np.int32, tokens)
-        if pairs is None and self._one_type:
+        if one_type:
             type_ids = np.zeros(tokens, np.int32)
         else:
             type_ids = np.fromiter(chain.from_iterable(e.type_ids for e in encodings), np.int32, tokens)
         truncated = [n == self.max_seq_length and bool(e.overflowing) for n, e in zip(lengths, encodings, strict=True)]
         return TokenBatch(ids, type_ids, offsets, np.array(truncated, np.bool_))
 
-    def count_tokens(self, texts: Sequence[str]) -> NDArray[np.int64]:
-        """Tokens of each whole text, special tokens included, before any cut: [len(texts)]."""
-        special = self._backend.num_special_tokens_to_add(False)
-        counts = [
-            sum(len(part) - special for part in (e, *e.overflowing)) + special
-            for e in _run(self._backend, texts, None, False)
-        ]
-        return np.array(counts, np.int64)
+    def encode(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> "list[tokenizers.Encoding]":
+        """As encode_batch, with all that `tokenizers` knows of each token: its characters, its word, its text."""
+        return self._encode(texts, pairs, False)
+
+    def windows(
+        self, text: str, pair: str | None = None, *, stride: int | None = None, length: int | None = None
+    ) -> "list[tokenizers.Encoding]":
+        """All of a long text in pieces that overlap, special tokens around each. Of a pair the second is cut up.
+
+        Parameters
+        ----------
+        text : str
+        pair : str, optional
+            The first text then stands whole in each piece.
+        stride : int, optional
+            Tokens that a piece shares with the one before. Default: at most 128, at most half of a piece.
+        length : int, optional
+            Tokens of a piece, special ones included, at most the model's positions. Default: max_seq_length.
+
+        Raises
+        ------
+        ValueError
+            ``length`` is out of range, the first text of a pair leaves no room, or ``stride`` does not fit.
+        """
+        length = self.max_seq_length if length is None else length
+        _check_length(self._backend, length, self._max_position_embeddings)
+        whole = self._whole
+        parts = [_run(whole, [part], None, False, special=False)[0] for part in (text, pair) if part is not None]
+        room = length - whole.num_special_tokens_to_add(pair is not None) - sum(map(len, parts[:-1]))
+        if room < 1:
+            raise ValueError(
+                f"expected the first text of a pair to leave room in {length} tokens, got one of {len(parts[0])} tokens"
+            )
+        if stride is None:
+            stride = min(length // 2, 128)
+            stride = stride if stride < room else room // 2
+        count("stride", "tokens", stride, 0, room - 1)
+        parts[-1].truncate(room, stride=stride)
+        encoding = whole.post_process(*parts)
+        return [encoding, *encoding.overflowing]
+
+    def token(self, token_id: int) -> str | None:
+        """The text of a token, as in the vocabulary."""
+        return self._backend.id_to_token(token_id)
+
+    def token_id(self, token: str) -> int | None:
+        return self._backend.token_to_id(token)
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        """Text from ids."""
+        return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def join(self, tokens: Sequence[str]) -> str:
+        """Text from tokens: word pieces are joined, words stand apart."""
+        return self._backend.decoder.decode(list(tokens))
+
+    @property
+    def subword_prefix(self) -> str:
+        """What a piece that continues a word begins with: "##"; empty where the model has no such mark."""
+        return getattr(self._backend.model, "continuing_subword_prefix", None) or ""
+
+    def count_tokens(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> NDArray[np.int64]:
+        """Tokens of each whole text or pair, special tokens included, before any cut: [len(texts)]."""
+        return np.array([len(encoding) for encoding in _run(self._whole, texts, pairs, False)], np.int64)
+
+    @cached_property
+    def _whole(self) -> "tokenizers.Tokenizer":
+        """The same without a limit."""
+        backend = copy.deepcopy(self._backend)
+        backend.no_truncation()
+        return backend
 
     def _encode(self, texts: Sequence[str], pairs: Sequence[str] | None, parallel: bool) -> "list[tokenizers.Encoding]":
         if pairs is not None:
@@ -135,22 +216,22 @@ class Tokenizer:
         return text[:end] if end > 0 else text
 
 
-def check_texts(inputs: Any) -> tuple[list[str], bool]:
-    """The texts of ``inputs``, and whether it was a single str.
+def check_texts(inputs: Any, name: str = "inputs") -> tuple[list[str], bool]:
+    """The texts of the argument ``name``, and whether it was a single str.
 
     Sequences are lists, tuples, one-dimensional arrays, pandas Series and the like. Raises TypeError for anything else
     and for an entry that is no str, whose index it names.
     """
     if isinstance(inputs, str):
         return [inputs], True
-    is_sequence = all(hasattr(inputs, name) for name in ("__len__", "__iter__", "__getitem__"))
+    is_sequence = all(hasattr(inputs, method) for method in ("__len__", "__iter__", "__getitem__"))
     is_sequence = is_sequence and not isinstance(inputs, bytes | bytearray | memoryview | Mapping)
     if not is_sequence or getattr(inputs, "ndim", 1) != 1:
-        raise TypeError(f"inputs: expected str or a sequence of str, got {type(inputs).__name__}")
+        raise TypeError(f"{name}: expected str or a sequence of str, got {type(inputs).__name__}")
     texts = list(inputs)
     for i, text in enumerate(texts):
         if not isinstance(text, str):
-            raise TypeError(f"inputs[{i}]: expected str, got {type(text).__name__}")
+            raise TypeError(f"{name}[{i}]: expected str, got {type(text).__name__}")
     return texts, False
 
 
@@ -209,7 +290,7 @@ def load_tokenizer(
         limit = default_max_seq_length or _model_max_length(config_path, config)
         limit = min(limit, max_position_embeddings)
     _check_length(backend, limit, max_position_embeddings)
-    return Tokenizer(backend, limit, max_position_embeddings)
+    return Tokenizer(backend, limit, max_position_embeddings, tokens)
 
 
 # ---- the files ----
@@ -334,22 +415,28 @@ def _lower_case(backend: "tokenizers.Tokenizer") -> None:
 
 
 def _run(
-    backend: "tokenizers.Tokenizer", texts: Sequence[str], pairs: Sequence[str] | None, parallel: bool
+    backend: "tokenizers.Tokenizer",
+    texts: Sequence[str],
+    pairs: Sequence[str] | None,
+    parallel: bool,
+    special: bool = True,
 ) -> "list[tokenizers.Encoding]":
     try:
-        return _run_unicode(backend, texts, pairs, parallel)
+        return _run_unicode(backend, texts, pairs, parallel, special)
     except TypeError:  # half a surrogate pair somewhere: such a str has no UTF-8
-        return _run_unicode(backend, list(map(_repair, texts)), pairs and list(map(_repair, pairs)), parallel)
+        return _run_unicode(backend, list(map(_repair, texts)), pairs and list(map(_repair, pairs)), parallel, special)
 
 
 def _run_unicode(
-    backend: "tokenizers.Tokenizer", texts: Sequence[str], pairs: Sequence[str] | None, parallel: bool
+    backend: "tokenizers.Tokenizer", texts: Sequence[str], pairs: Sequence[str] | None, parallel: bool, special: bool
 ) -> "list[tokenizers.Encoding]":
     if parallel:
-        return backend.encode_batch_fast(texts if pairs is None else list(zip(texts, pairs, strict=True)))
+        inputs = texts if pairs is None else list(zip(texts, pairs, strict=True))
+        return backend.encode_batch_fast(inputs, add_special_tokens=special)
     if pairs is None:
-        return [backend.encode(text) for text in texts]
-    return [backend.encode(text, pair) for text, pair in zip(texts, pairs, strict=True)]
+        return [backend.encode(text, add_special_tokens=special) for text in texts]
+    both = zip(texts, pairs, strict=True)
+    return [backend.encode(text, pair, add_special_tokens=special) for text, pair in both]
 
 
 def _repair(text: str) -> str:
