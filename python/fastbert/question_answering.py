@@ -67,8 +67,8 @@ class QuestionAnswerer(TaskModel):
         Returns
         -------
         dict, or list of at most top_k dict where top_k > 1; for sequences a list of these
-            score (the probability in its piece; equal answers of several pieces are added up), start, end (characters of
-            the context) and answer. A span of probability 0 is no answer: there may be fewer than `top_k`, and where
+            score (the probability in its piece; equal answers of several pieces are added up), start, end (characters
+            of the context) and answer. A span of probability 0 is no answer: there may be fewer than `top_k`, and where
             there is none at all the dict has score 0 and answer "".
 
         Raises
