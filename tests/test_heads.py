@@ -201,7 +201,8 @@ def test_windows_of_tokens(folders: Callable[[str], Path]) -> None:
 def test_fillings(folders: Callable[[str], Path]) -> None:
     model, file = load(folders("BertForMaskedLM"), "BertForMaskedLM"), recorded("heads.json")
     agree(model.fill(file["masked"]), file["fillings"])
-    agree(model.fill(file["masked"][0], top_k=2), file["fillings"][0][:2])
+    single = next(i for i, text in enumerate(file["masked"]) if text.count("[MASK]") == 1)
+    agree(model.fill(file["masked"][single], top_k=2), file["fillings"][single][:2])
 
 
 def test_cross_encoder(folders: Callable[[str], Path]) -> None:

@@ -41,7 +41,7 @@ PYTHON_ARROWS = {
     "glue": "classification",
     "classification": "_core heads encoder pretrained sentence tokenizer",
     "token_classification": "_core heads pretrained tokenizer",
-    "question_answering": "_core heads pretrained",
+    "question_answering": "_core heads pretrained tokenizer",
     "masked_lm": "_core heads pretrained tokenizer",
     "heads": "_core pretrained checkpoint tokenizer files",
     "encoder": "_core pretrained sentence tokenizer",

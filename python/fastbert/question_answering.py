@@ -5,16 +5,14 @@ The rules, arguments and results are those of the pipeline "question-answering" 
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from fastbert import _core
 from fastbert.heads import TaskModel, check_pairs, slices
 from fastbert.pretrained import Floats, positive
-
-if TYPE_CHECKING:
-    import tokenizers
+from fastbert.tokenizer import Tokens, to_batch
 
 Answer = dict[str, Any]
 
@@ -118,19 +116,17 @@ class QuestionAnswerer(TaskModel):
         questions, contexts, _ = check_pairs([question], [context], "question", "context")
         return self._logits(self._encode(self.tokenizer.encode_batch(questions, contexts)))
 
-    def _probabilities(
-        self, windows: "list[tokenizers.Encoding]", batch_size: int
-    ) -> "Iterator[tuple[tokenizers.Encoding, Floats, Floats]]":
+    def _probabilities(self, windows: list[Tokens], batch_size: int) -> Iterator[tuple[Tokens, Floats, Floats]]:
         """Each window with the probabilities that an answer starts and ends at each of its tokens.
 
         They are spread over [CLS], which means that there is no answer, and the tokens of the context.
         """
         cls = self.tokenizer.special_ids["cls"]
         for part in slices(len(windows), batch_size):
-            batch = self.tokenizer.to_batch(windows[part])
+            batch = to_batch(windows[part])
             logits = self._logits(self._encode(batch))
             for window, (a, b) in zip(windows[part], pairwise(batch.offsets), strict=True):
-                here = np.array([sequence == 1 for sequence in window.sequence_ids]) | (batch.ids[a:b] == cls)
+                here = np.array([sequence == 1 for sequence in window.sequences]) | (batch.ids[a:b] == cls)
                 probabilities = np.zeros((2, b - a), np.float32)
                 probabilities[:, here] = _core.softmax(np.ascontiguousarray(logits[a:b][here].T))
                 yield window, probabilities[0], probabilities[1]
@@ -159,12 +155,10 @@ def _best_spans(start: Floats, end: Floats, longest: int, most: int) -> Iterator
             yield i // longest, i // longest + i % longest, float(flat[i])
 
 
-def _characters(window: "tokenizers.Encoding", first: int, last: int, align_to_words: bool) -> tuple[int, int]:
-    """Where tokens first .. last stand in the context, or the words that they are in."""
-    if align_to_words:
-        words = window.token_to_word(first), window.token_to_word(last)
-        if None not in words:
-            spans = [window.word_to_chars(word, 1) for word in words]
-            if None not in spans:
-                return spans[0][0], spans[1][1]
+def _characters(window: Tokens, first: int, last: int, align_to_words: bool) -> tuple[int, int]:
+    """Where tokens first .. last stand in the context, or as much of the words that they are in as the window has."""
+    words = list(zip(window.sequences, window.words, strict=True))
+    if align_to_words and window.sequences[first] == window.sequences[last] == 1:
+        first = words.index(words[first])
+        last = len(words) - 1 - words[::-1].index(words[last])
     return window.offsets[first][0], window.offsets[last][1]

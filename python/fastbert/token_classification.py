@@ -5,17 +5,14 @@ The rules, names and results are those of transformers' pipeline "token-classifi
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from fastbert import _core
 from fastbert.heads import TaskModel, slices
 from fastbert.pretrained import Floats, LongTexts, one_of
-from fastbert.tokenizer import check_texts
-
-if TYPE_CHECKING:
-    import tokenizers
+from fastbert.tokenizer import Tokens, check_texts, to_batch
 
 Entity = dict[str, Any]
 
@@ -117,50 +114,45 @@ class TokenClassifier(TaskModel):
         if stride is not None and aggregation_strategy == "none":
             raise ValueError("stride: expected an aggregation_strategy other than 'none'")
         if stride is None:
-            tokens = self._tokens(texts, batch_size, LongTexts(on_long))
-            runs = ([run] for run in tokens)
+            runs = ([run] for run in self._tokens(texts, batch_size, LongTexts(on_long)))
         else:
             runs = self._windows(texts, stride, batch_size)
         results = []
         for text, windows in zip(texts, runs, strict=True):
             entities = [
                 entity
-                for encoding, logits in windows
-                for entity in self._entities(text, encoding, _core.softmax(logits), aggregation_strategy)
+                for tokens, logits in windows
+                for entity in self._entities(text, tokens, _core.softmax(logits), aggregation_strategy)
                 if not ignored & {entity.get("entity"), entity.get("entity_group")}
             ]
             results.append(_without_overlaps(entities) if len(windows) > 1 else entities)
         return results[0] if single else results
 
-    def _tokens(
-        self, texts: list[str], batch_size: int, long: LongTexts
-    ) -> "Iterator[tuple[tokenizers.Encoding, Floats]]":
+    def _tokens(self, texts: list[str], batch_size: int, long: LongTexts) -> Iterator[tuple[Tokens, Floats]]:
         """Each text cut to max_seq_length, and its logits [tokens, labels]."""
         for part in slices(len(texts), batch_size):
-            encodings = self.tokenizer.encode(texts[part])
-            self._report_long(long, self.tokenizer.to_batch(encodings), part.start, texts[part], None)
-            yield from zip(encodings, self._run(encodings), strict=True)
+            tokens = self.tokenizer.encode(texts[part])
+            self._report_long(long, to_batch(tokens), part.start, texts[part], None)
+            yield from zip(tokens, self._run(tokens), strict=True)
 
-    def _windows(
-        self, texts: list[str], stride: int, batch_size: int
-    ) -> "Iterator[list[tuple[tokenizers.Encoding, Floats]]]":
+    def _windows(self, texts: list[str], stride: int, batch_size: int) -> Iterator[list[tuple[Tokens, Floats]]]:
         """Each whole text in pieces that share `stride` tokens, with the logits of each piece."""
         for text in texts:
             windows = self.tokenizer.windows(text, stride=stride)
             logits = [rows for part in slices(len(windows), batch_size) for rows in self._run(windows[part])]
             yield list(zip(windows, logits, strict=True))
 
-    def _run(self, encodings: "Sequence[tokenizers.Encoding]") -> list[Floats]:
-        batch = self.tokenizer.to_batch(encodings)
+    def _run(self, tokens: Sequence[Tokens]) -> list[Floats]:
+        batch = to_batch(tokens)
         logits = self._logits(self._encode(batch))
         return [logits[a:b] for a, b in pairwise(batch.offsets)]
 
     # ---- from scores to entities ----
 
-    def _entities(self, text: str, encoding: "tokenizers.Encoding", scores: Floats, strategy: str) -> list[Entity]:
-        pieces = list(self._pieces(text, encoding, scores))
+    def _entities(self, text: str, tokens: Tokens, scores: Floats, strategy: str) -> list[Entity]:
+        pieces = list(self._pieces(text, tokens, scores))
         if strategy in _WORD_SCORES:
-            pieces = [self._word(tokens, strategy) for tokens in _runs(pieces, lambda _, piece: piece.continues)]
+            pieces = [self._word(run, strategy) for run in _runs(pieces, lambda _, piece: piece.continues)]
         labelled = [(piece, self.id2label[int(piece.scores.argmax())]) for piece in pieces]
         if strategy == "none":
             return [
@@ -176,28 +168,26 @@ class TokenClassifier(TaskModel):
             ]
         return [self._group(run) for run in _runs(labelled, lambda last, this: _continues(last[1], this[1]))]
 
-    def _pieces(self, text: str, encoding: "tokenizers.Encoding", scores: Floats) -> Iterator[_Piece]:
+    def _pieces(self, text: str, tokens: Tokens, scores: Floats) -> Iterator[_Piece]:
         """The tokens that are not special."""
         unknown, marked = self.tokenizer.special_ids["unk"], bool(self.tokenizer.subword_prefix)
-        special = encoding.special_tokens_mask
-        for i, (token_id, word, (start, end)) in enumerate(
-            zip(encoding.ids, encoding.tokens, encoding.offsets, strict=True)
-        ):
-            if special[i]:
-                continue
+        for i, (word, (start, end)) in enumerate(zip(tokens.texts, tokens.offsets, strict=True)):
             covered = text[start:end]
-            if token_id == unknown:
-                yield _Piece(covered, scores[i], start, end, i, False)
+            if tokens.special[i]:
+                continue
+            if tokens.ids[i] == unknown:
+                word, continues = covered, False
             elif marked:
-                yield _Piece(word, scores[i], start, end, i, len(word) != len(covered))
+                continues = len(word) != len(covered)
             else:
-                yield _Piece(word, scores[i], start, end, i, start > 0 and " " not in text[start - 1 : start + 1])
+                continues = start > 0 and " " not in text[start - 1 : start + 1]
+            yield _Piece(word, scores[i], start, end, i, continues)
 
-    def _word(self, tokens: list[_Piece], strategy: str) -> _Piece:
-        return tokens[0]._replace(
-            word=self.tokenizer.join([token.word for token in tokens]),
-            scores=_WORD_SCORES[strategy](np.array([token.scores for token in tokens])),
-            end=tokens[-1].end,
+    def _word(self, run: list[_Piece], strategy: str) -> _Piece:
+        return run[0]._replace(
+            word=self.tokenizer.join([token.word for token in run]),
+            scores=_WORD_SCORES[strategy](np.array([token.scores for token in run])),
+            end=run[-1].end,
         )
 
     def _group(self, run: list[tuple[_Piece, str]]) -> Entity:

@@ -52,6 +52,55 @@ class TokenBatch:
     """[batch] whether the text had more than max_seq_length tokens."""
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of a text or pair, or of a piece of it: an entry per token in each list, special tokens included."""
+
+    ids: list[int]
+    type_ids: list[int]
+    texts: list[str]
+    """As in the vocabulary."""
+    offsets: list[tuple[int, int]]
+    """First character and the one after the last, in the text that the token is of."""
+    words: list[int | None]
+    """Which word of its text; None for special tokens."""
+    sequences: list[int | None]
+    """0 for the first text, 1 for the second of a pair; None for special tokens."""
+    special: list[int]
+    truncated: bool
+
+    @classmethod
+    def of(cls, encoding: "tokenizers.Encoding", truncated: bool, places: Sequence[int] | None = None) -> "Tokens":
+        """Those at `places`, all unless given."""
+        lists = (
+            encoding.ids,
+            encoding.type_ids,
+            encoding.tokens,
+            encoding.offsets,
+            encoding.word_ids,
+            encoding.sequence_ids,
+            encoding.special_tokens_mask,
+        )
+        return cls(*(lists if places is None else ([entry[i] for i in places] for entry in lists)), truncated)
+
+
+def to_batch(parts: Sequence[Tokens]) -> TokenBatch:
+    """The tokens of all parts in one row."""
+    return _ragged([t.ids for t in parts], [t.type_ids for t in parts], [t.truncated for t in parts])
+
+
+def _ragged(ids: list[list[int]], type_ids: list[list[int]] | None, truncated: list[bool]) -> TokenBatch:
+    offsets = np.zeros(len(ids) + 1, np.int64)
+    np.cumsum([len(row) for row in ids], out=offsets[1:])
+    tokens = int(offsets[-1])
+
+    def flat(rows: list[list[int]]) -> NDArray[np.int32]:
+        return np.fromiter(chain.from_iterable(rows), np.int32, tokens)
+
+    types = np.zeros(tokens, np.int32) if type_ids is None else flat(type_ids)
+    return TokenBatch(flat(ids), types, offsets, np.array(truncated, np.bool_))
+
+
 class Tokenizer:
     """Made by load_tokenizer. Immutable: many threads may use one at once.
 
@@ -102,33 +151,22 @@ class Tokenizer:
             TOKENIZERS_PARALLELISM and RAYON_NUM_THREADS limit them; a later fork prints a warning. False: all work is
             done by the calling thread. The result is the same.
         """
-        return self._to_batch(self._encode(texts, pairs, parallel), pairs is None and self._one_type)
+        encodings = self._encode(texts, pairs, parallel)
+        one_type = pairs is None and self._one_type
+        return _ragged(
+            [encoding.ids for encoding in encodings],
+            None if one_type else [encoding.type_ids for encoding in encodings],
+            [self._is_cut(encoding) for encoding in encodings],
+        )
 
-    def to_batch(self, encodings: "Sequence[tokenizers.Encoding]") -> TokenBatch:
-        """The tokens of all encodings in one row."""
-        return self._to_batch(encodings, False)
-
-    def _to_batch(self, encodings: "Sequence[tokenizers.Encoding]", one_type: bool) -> TokenBatch:
-        lengths = [len(encoding) for encoding in encodings]
-        offsets = np.zeros(len(lengths) + 1, np.int64)
-        np.cumsum(lengths, out=offsets[1:])
-        tokens = int(offsets[-1])
-        ids = np.fromiter(chain.from_iterable(e.ids for e in encodings), np.int32, tokens)
-        if one_type:
-            type_ids = np.zeros(tokens, np.int32)
-        else:
-            type_ids = np.fromiter(chain.from_iterable(e.type_ids for e in encodings), np.int32, tokens)
-        truncated = [n == self.max_seq_length and bool(e.overflowing) for n, e in zip(lengths, encodings, strict=True)]
-        return TokenBatch(ids, type_ids, offsets, np.array(truncated, np.bool_))
-
-    def encode(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> "list[tokenizers.Encoding]":
-        """As encode_batch, with all that `tokenizers` knows of each token: its characters, its word, its text."""
-        return self._encode(texts, pairs, False)
+    def encode(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[Tokens]:
+        """As encode_batch, with all that is known of each token."""
+        return [Tokens.of(encoding, self._is_cut(encoding)) for encoding in self._encode(texts, pairs, False)]
 
     def windows(
         self, text: str, pair: str | None = None, *, stride: int | None = None, length: int | None = None
-    ) -> "list[tokenizers.Encoding]":
-        """All of a long text in pieces that overlap, special tokens around each. Of a pair the second is cut up.
+    ) -> list[Tokens]:
+        """All of a long text in pieces that overlap, special tokens around each. Of a pair the second text is cut up.
 
         Parameters
         ----------
@@ -147,20 +185,23 @@ class Tokenizer:
         """
         length = self.max_seq_length if length is None else length
         _check_length(self._backend, length, self._max_position_embeddings)
-        whole = self._whole
-        parts = [_run(whole, [part], None, False, special=False)[0] for part in (text, pair) if part is not None]
-        room = length - whole.num_special_tokens_to_add(pair is not None) - sum(map(len, parts[:-1]))
+        encoding = _run(self._whole, [text], None if pair is None else [pair], False)[0]
+        parted = [i for i, sequence in enumerate(encoding.sequence_ids) if sequence == (pair is not None)]
+        n = len(parted)
+        room = length - len(encoding) + n
         if room < 1:
             raise ValueError(
-                f"expected the first text of a pair to leave room in {length} tokens, got one of {len(parts[0])} tokens"
+                f"expected a text that leaves room for the other of the pair in {length} tokens, "
+                f"got one of {len(encoding) - n}, special tokens included"
             )
         if stride is None:
             stride = min(length // 2, 128)
             stride = stride if stride < room else room // 2
         count("stride", "tokens", stride, 0, room - 1)
-        parts[-1].truncate(room, stride=stride)
-        encoding = whole.post_process(*parts)
-        return [encoding, *encoding.overflowing]
+        begin, end = (parted[0], parted[-1] + 1) if parted else (len(encoding), len(encoding))
+        head, tail = range(begin), range(end, len(encoding))
+        starts = range(begin, max(end - stride, begin + 1), room - stride)
+        return [Tokens.of(encoding, False, [*head, *range(a, min(a + room, end)), *tail]) for a in starts]
 
     def token(self, token_id: int) -> str | None:
         """The text of a token, as in the vocabulary."""
@@ -192,6 +233,9 @@ class Tokenizer:
         backend = copy.deepcopy(self._backend)
         backend.no_truncation()
         return backend
+
+    def _is_cut(self, encoding: "tokenizers.Encoding") -> bool:
+        return len(encoding) == self.max_seq_length and bool(encoding.overflowing)
 
     def _encode(self, texts: Sequence[str], pairs: Sequence[str] | None, parallel: bool) -> "list[tokenizers.Encoding]":
         if pairs is not None:
@@ -415,28 +459,22 @@ def _lower_case(backend: "tokenizers.Tokenizer") -> None:
 
 
 def _run(
-    backend: "tokenizers.Tokenizer",
-    texts: Sequence[str],
-    pairs: Sequence[str] | None,
-    parallel: bool,
-    special: bool = True,
+    backend: "tokenizers.Tokenizer", texts: Sequence[str], pairs: Sequence[str] | None, parallel: bool
 ) -> "list[tokenizers.Encoding]":
     try:
-        return _run_unicode(backend, texts, pairs, parallel, special)
+        return _run_unicode(backend, texts, pairs, parallel)
     except TypeError:  # half a surrogate pair somewhere: such a str has no UTF-8
-        return _run_unicode(backend, list(map(_repair, texts)), pairs and list(map(_repair, pairs)), parallel, special)
+        return _run_unicode(backend, list(map(_repair, texts)), pairs and list(map(_repair, pairs)), parallel)
 
 
 def _run_unicode(
-    backend: "tokenizers.Tokenizer", texts: Sequence[str], pairs: Sequence[str] | None, parallel: bool, special: bool
+    backend: "tokenizers.Tokenizer", texts: Sequence[str], pairs: Sequence[str] | None, parallel: bool
 ) -> "list[tokenizers.Encoding]":
     if parallel:
-        inputs = texts if pairs is None else list(zip(texts, pairs, strict=True))
-        return backend.encode_batch_fast(inputs, add_special_tokens=special)
+        return backend.encode_batch_fast(texts if pairs is None else list(zip(texts, pairs, strict=True)))
     if pairs is None:
-        return [backend.encode(text, add_special_tokens=special) for text in texts]
-    both = zip(texts, pairs, strict=True)
-    return [backend.encode(text, pair, add_special_tokens=special) for text, pair in both]
+        return [backend.encode(text) for text in texts]
+    return [backend.encode(text, pair) for text, pair in zip(texts, pairs, strict=True)]
 
 
 def _repair(text: str) -> str:
