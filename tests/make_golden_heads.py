@@ -91,6 +91,7 @@ def load(folder: Path, head: str) -> tuple[Any, Any]:
     import torch
     import transformers
 
+    torch.set_num_threads(1)
     options = {"dtype": torch.float64, "attn_implementation": "eager"}
     model = getattr(transformers, head).from_pretrained(folder, **options).eval()
     return model, transformers.AutoTokenizer.from_pretrained(folder)
@@ -192,7 +193,6 @@ def main() -> None:
     import torch
     import transformers
 
-    torch.set_num_threads(1)
     judges = [f"{module.__name__} {module.__version__}" for module in (torch, transformers)]
     if sys.argv[1:] == ["question-answering"]:
         files = {"answers.json": answers()}

@@ -3,6 +3,7 @@
 import logging
 import operator
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -156,7 +157,10 @@ class LongTexts:
         message = f"inputs[{index}]: expected at most {limit} tokens (max_seq_length), got {tokens}"
         if self.on_long == "error":
             raise ValueError(message)
-        warnings.warn(f"{message}; it is cut, as is every longer text after it", stacklevel=4)
+        level, frame = 1, sys._getframe()
+        while frame.f_back and frame.f_globals["__name__"].startswith("fastbert."):  # the warning is about their line
+            level, frame = level + 1, frame.f_back
+        warnings.warn(f"{message}; it is cut, as is every longer text after it", stacklevel=level)
         self.on_long = "truncate"
 
 
