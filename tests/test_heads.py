@@ -29,11 +29,13 @@ from fastbert import (
     _core,
 )
 from fastbert.heads import TaskModel
+from fastbert.tokenizer import TokenBatch
 from tests import make_golden_heads as golden
 from tests import models, reference
 from tests.make_golden import GOLDEN
 from tests.models import Batch, Model
 from tests.reference import Outputs
+from tests.toolchain import ROOT
 
 CLASSES: dict[str, type[TaskModel]] = {
     "BertForSequenceClassification": SequenceClassifier,
@@ -257,8 +259,8 @@ def test_judge_logits(folders: Callable[[str], Path], judged: Any) -> None:
         loaded, (model, tokenizer) = load(folders(head), head), golden.load(folders(head), head)
         result, done = logits_of(loaded, firsts, seconds), 0
         for i, text in enumerate(firsts):
-            pair = None if seconds is None else seconds[i]
-            inputs = tokenizer(text, pair, truncation=True, return_tensors="pt")
+            pair = None if seconds is None else [seconds[i]]  # in a list: a bare "" would count as no second text
+            inputs = tokenizer([text], pair, truncation=True, return_tensors="pt")
             exact = golden.run(model, inputs)
             if head == "BertForMaskedLM":
                 exact = exact[inputs["input_ids"][0].numpy() == tokenizer.mask_token_id]
@@ -397,6 +399,66 @@ def test_half_precision_weights() -> None:
     single = half.astype(np.float32)
     a, b = (_core.Linear((w, dtype, w.shape))(x) for w, dtype in ((half, "F16"), (single, "F32")))
     assert bits(a) == bits(b)
+
+
+# ---- real weights ----
+
+
+def embeddings_that_give(x: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
+    """Embedding tables and their LayerNorm under which token i, at any position, comes out of the embeddings as x[i].
+
+    With u = 1 / gamma the rows of (x - beta) u must have mean 0, which fixes u and a constant c = beta . u by linear
+    equations; scaled to a variance below 1, they are LN(e) of e = s (x - beta) u, s^2 = eps / (1 - variance).
+    """
+    n, hidden = x.shape
+    equations = np.hstack([x, -np.ones((n, 1))])
+    start = np.append(np.ones(hidden), x.sum(axis=1).mean())
+    *u, c = start - np.linalg.lstsq(equations, equations @ start, rcond=None)[0]
+    beta = c / (hidden * np.array(u))
+    centred = (x - beta) * u
+    scale = np.sqrt(0.5 / centred.var(axis=1).max())
+    variance = scale**2 * centred.var(axis=1, keepdims=True)
+    return {
+        "bert.embeddings.word_embeddings.weight": scale * centred * np.sqrt(1e-12 / (1 - variance)),
+        "bert.embeddings.position_embeddings.weight": np.zeros((512, hidden)),
+        "bert.embeddings.token_type_embeddings.weight": np.zeros((2, hidden)),
+        "bert.embeddings.LayerNorm.weight": 1 / (scale * np.array(u)),
+        "bert.embeddings.LayerNorm.bias": beta,
+    }
+
+
+@pytest.mark.parametrize("task, labels", [("sst2", 2), ("emotion", 6)])
+def test_real_bert_tiny(task: str, labels: int, tmp_path: Path) -> None:
+    """Fine-tuned layers, pooler and classifier, whose embedding tables are not published, on their real inputs."""
+    folder = ROOT.parent / "shared" / "data" / "bert-tiny"
+    if not folder.exists():
+        pytest.skip(f"{folder.relative_to(ROOT.parent)} is not beside the checkout")
+    inputs = np.load(folder / f"{task}-inputs.npz")
+    names = sorted(name.removeprefix("x_") for name in inputs.files if name.startswith("x_"))
+    rows = [inputs[f"x_{name}"] for name in names]
+    words = [*models.VOCABULARY[:5], *(f"w{i}" for i in range(sum(map(len, rows))))]
+    tables = embeddings_that_give(np.concatenate(rows).astype(np.float64))
+    word = "bert.embeddings.word_embeddings.weight"
+    tables[word] = np.pad(tables[word], ((5, 0), (0, 0)))
+    weights = dict(np.load(folder / f"{task}-weights.npz")) | tables
+    models.write_safetensors(
+        tmp_path / "model.safetensors", {name: ("F32", w.astype(np.float32)) for name, w in weights.items()}
+    )
+    config = models.bert_config(
+        vocab_size=len(words),
+        hidden_size=128,
+        id2label={str(i): f"LABEL_{i}" for i in range(labels)},
+        architectures=["BertForSequenceClassification"],
+    )
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    offsets = np.cumsum([0, *map(len, rows)])
+    ids = np.arange(5, 5 + offsets[-1], dtype=np.int32)
+    exact = np.array([inputs[f"logits_{name}"] for name in names])
+    batch = TokenBatch(ids, np.zeros_like(ids), offsets, np.zeros(len(names), np.bool_))
+    fp32, int8 = (SequenceClassifier(tmp_path, precision=precision) for precision in ("fp32", "int8"))
+    assert np.abs(fp32._logits(fp32._encode(batch)) - exact).max() <= 1e-5  # logits up to 7: 20 units in the last place
+    np.testing.assert_array_equal(int8._logits(int8._encode(batch)).argmax(axis=1), exact.argmax(axis=1))
 
 
 # ---- the classes themselves ----
