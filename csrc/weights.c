@@ -99,8 +99,7 @@ static inline void convert_row(fb_dtype dtype, const unsigned char *in, int64_t 
     }
 }
 
-/* Rows first .. first + rows - 1 of a tensor [..][columns] or, of rank 1, [columns], to float32 in C order. */
-static void convert(const fb_tensor *t, int64_t first, int64_t rows, int64_t columns, float *out)
+void fb_tensor_to_f32(const fb_tensor *t, int64_t first, int64_t rows, int64_t columns, float *out)
 {
     const int64_t item = t->dtype == FB_F64 ? 8 : t->dtype == FB_F32 ? 4 : 2;
     const int64_t row = t->strides == NULL || t->rank == 1 ? columns : t->strides[0];
@@ -208,7 +207,7 @@ static const float *table(walk *w, const char *name, ptrdiff_t rows, ptrdiff_t c
     const ptrdiff_t count = (rows ? rows : 1) * columns;
     float *out = take(w, (size_t)count * sizeof *out);
     if (t != NULL && out != NULL) {
-        convert(t, 0, rows ? rows : 1, columns, out);
+        fb_tensor_to_f32(t, 0, rows ? rows : 1, columns, out);
         let_go(t);
     }
     return out;
@@ -262,7 +261,7 @@ static void quantized_table(walk *w, const char *name, ptrdiff_t rows, ptrdiff_t
     *table = q;
     *scales = s;
     for (ptrdiff_t i = 0; t != NULL && q != NULL && i < rows; i++) {
-        convert(t, i, 1, columns, w->staging);
+        fb_tensor_to_f32(t, i, 1, columns, w->staging);
         s[i] = quantize_row(columns, w->staging, q + i * columns);
     }
     if (t != NULL && q != NULL)
@@ -300,7 +299,7 @@ static fb_linear linear(walk *w, const char *prefix, const char *const *names, i
         snprintf(name, sizeof name, "%s%s.weight", prefix, names[part]);
         const fb_tensor *t = expect(w, name, out, in);
         if (t != NULL && w->block != NULL) {
-            convert(t, 0, out, in, w->staging + part * out * in);
+            fb_tensor_to_f32(t, 0, out, in, w->staging + part * out * in);
             let_go(t);
         }
         snprintf(name, sizeof name, "%s%s.bias", prefix, names[part]);
@@ -310,7 +309,7 @@ static fb_linear linear(walk *w, const char *prefix, const char *const *names, i
         if (part == 0)
             r.bias = bias = take(w, (size_t)n * sizeof *bias);
         if (t != NULL && w->block != NULL)
-            convert(t, 0, 1, out, bias + part * out);
+            fb_tensor_to_f32(t, 0, 1, out, bias + part * out);
     }
     if (w->status != FB_OK || w->block == NULL)
         return r;

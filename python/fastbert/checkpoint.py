@@ -117,12 +117,23 @@ class BertConfig:
 class Checkpoint:
     """A BERT folder, weights mapped."""
 
-    folder: Path
+    path: Path
+    """config.json or bert_config.json."""
     config: BertConfig
     tensors: dict[str, Tensor]
     """The encoder's tensors as BERT's: those of encoder_shapes(config), with or without pooler.dense.*."""
     other: dict[str, Tensor]
     """All other tensors (heads), under their names in transformers: classifier.weight, cls.predictions.bias, ..."""
+
+    def find(self, name: str, shape: Iterable[int]) -> Tensor | None:
+        """The tensor that transformers calls `name`, without the prefix of the encoder; None if there is none.
+
+        Raises ValueError, which names folder and tensor, for another shape or dtype.
+        """
+        tensor = self.tensors.get(name) or self.other.get(name)
+        if tensor is not None:
+            check_tensor(f"{self.path.parent}: {name}", tensor, shape)
+        return tensor
 
 
 def load_checkpoint(folder: Path, prefix: Path | None = None) -> Checkpoint:
@@ -142,7 +153,7 @@ def load_checkpoint(folder: Path, prefix: Path | None = None) -> Checkpoint:
         path = folder / _GOOGLE_CONFIG
     config = load_config(path)
     tensors, other = _load_tensors(config, *open_weights(folder, prefix))
-    return Checkpoint(folder, config, tensors, other)
+    return Checkpoint(path, config, tensors, other)
 
 
 # ---- config.json ----
