@@ -50,14 +50,14 @@ static int pack(fb_head *h, const fb_head_config *c)
     }
     for (ptrdiff_t j = 0; j < h->out; j += FB_STRIP) {
         const ptrdiff_t n = h->out - j < FB_STRIP ? h->out - j : FB_STRIP;
-        fb_tensor_to_f32(c->weight, j * h->in, n * h->in, strip);
+        fb_tensor_to_f32(c->weight, j, n, h->in, strip);
         gemm->pack(n, h->in, strip, h->in, 1, h->packed + gemm->packed_bytes(j, h->in));
     }
     free(strip);
     float *at = (float *)(h->packed + packed_bytes);
     for (int i = 0; i < 3; i++, at += h->out)
         if (vectors[i] != NULL) {
-            fb_tensor_to_f32(vectors[i], 0, h->out, at);
+            fb_tensor_to_f32(vectors[i], 0, 1, h->out, at);
             *places[i] = at;
         }
     return 1;

@@ -7,8 +7,8 @@
 
 #include "kernels.h"
 
-/* A linear layer y = act(x W^T + bias), W [out][in] packed by the kernel set's gemm_f32, or mixed (mix_f32), quantised per
- * row of W and packed by its gemm_s8. */
+/* A linear layer y = act(x W^T + bias), W [out][in] packed by the kernel set's gemm_f32, or quantised per row of W and
+ * packed by its gemm_s8; all but attention_output are mixed (mix_f32) before that. */
 typedef struct fb_linear {
     ptrdiff_t out, in;
     fb_precision precision;
@@ -47,8 +47,8 @@ fb_status fb_weights_load(fb_weights *weights, const fb_config *config, ptrdiff_
                           const fb_tensor *tensors, size_t num_tensors, fb_error *err);
 void fb_weights_free(fb_weights *weights);
 
-/* Elements first .. first + count - 1 of a tensor as float32. */
-void fb_tensor_to_f32(const fb_tensor *tensor, int64_t first, int64_t count, float *out);
+/* Rows first .. first + rows - 1 of a tensor [..][columns] or, of rank 1, [columns], to float32 in C order. */
+void fb_tensor_to_f32(const fb_tensor *tensor, int64_t first, int64_t rows, int64_t columns, float *out);
 
 /* 64-byte aligned memory, its content undefined; NULL when there is none. Freed by fb_aligned_free. */
 void *fb_aligned_alloc(size_t bytes);

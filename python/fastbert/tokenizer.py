@@ -69,20 +69,6 @@ class Tokens:
     special: list[int]
     truncated: bool
 
-    @classmethod
-    def of(cls, encoding: "tokenizers.Encoding", truncated: bool, places: Sequence[int] | None = None) -> "Tokens":
-        """Those at `places`, all unless given."""
-        lists = (
-            encoding.ids,
-            encoding.type_ids,
-            encoding.tokens,
-            encoding.offsets,
-            encoding.word_ids,
-            encoding.sequence_ids,
-            encoding.special_tokens_mask,
-        )
-        return cls(*(lists if places is None else ([entry[i] for i in places] for entry in lists)), truncated)
-
 
 def to_batch(parts: Sequence[Tokens]) -> TokenBatch:
     """The tokens of all parts in one row."""
@@ -118,6 +104,7 @@ class Tokenizer:
         max_seq_length: int,
         max_position_embeddings: int,
         special_tokens: Mapping[str, str],
+        type_vocab_size: int = 2,
     ) -> None:
         backend.enable_truncation(max_seq_length)
         self.max_seq_length = max_seq_length
@@ -126,13 +113,16 @@ class Tokenizer:
         self._backend = backend
         self._max_position_embeddings = max_position_embeddings
         self._breaks = _breaks(backend)
+        self._type_vocab_size = type_vocab_size
         self._one_type = not any(backend.encode("a").type_ids)
 
     def with_max_seq_length(self, max_seq_length: int) -> "Tokenizer":
         """This tokenizer with another limit. Raises ValueError where the model has not as many positions."""
         _check_length(self._backend, max_seq_length, self._max_position_embeddings)
         backend = copy.deepcopy(self._backend)
-        return Tokenizer(backend, max_seq_length, self._max_position_embeddings, self._special_tokens)
+        return Tokenizer(
+            backend, max_seq_length, self._max_position_embeddings, self._special_tokens, self._type_vocab_size
+        )
 
     def encode_batch(
         self, texts: Sequence[str], pairs: Sequence[str] | None = None, *, parallel: bool = False
@@ -152,7 +142,7 @@ class Tokenizer:
             done by the calling thread. The result is the same.
         """
         encodings = self._encode(texts, pairs, parallel)
-        one_type = pairs is None and self._one_type
+        one_type = self._type_vocab_size == 1 or (pairs is None and self._one_type)
         return _ragged(
             [encoding.ids for encoding in encodings],
             None if one_type else [encoding.type_ids for encoding in encodings],
@@ -161,7 +151,7 @@ class Tokenizer:
 
     def encode(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[Tokens]:
         """As encode_batch, with all that is known of each token."""
-        return [Tokens.of(encoding, self._is_cut(encoding)) for encoding in self._encode(texts, pairs, False)]
+        return [self._tokens(encoding, self._is_cut(encoding)) for encoding in self._encode(texts, pairs, False)]
 
     def windows(
         self, text: str, pair: str | None = None, *, stride: int | None = None, length: int | None = None
@@ -201,7 +191,7 @@ class Tokenizer:
         begin, end = (parted[0], parted[-1] + 1) if parted else (len(encoding), len(encoding))
         head, tail = range(begin), range(end, len(encoding))
         starts = range(begin, max(end - stride, begin + 1), room - stride)
-        return [Tokens.of(encoding, False, [*head, *range(a, min(a + room, end)), *tail]) for a in starts]
+        return [self._tokens(encoding, False, [*head, *range(a, min(a + room, end)), *tail]) for a in starts]
 
     def token(self, token_id: int) -> str | None:
         """The text of a token, as in the vocabulary."""
@@ -233,6 +223,19 @@ class Tokenizer:
         backend = copy.deepcopy(self._backend)
         backend.no_truncation()
         return backend
+
+    def _tokens(self, encoding: "tokenizers.Encoding", truncated: bool, places: Sequence[int] | None = None) -> Tokens:
+        """Those at `places`, all unless given."""
+        lists = (
+            encoding.ids,
+            [0] * len(encoding) if self._type_vocab_size == 1 else encoding.type_ids,
+            encoding.tokens,
+            encoding.offsets,
+            encoding.word_ids,
+            encoding.sequence_ids,
+            encoding.special_tokens_mask,
+        )
+        return Tokens(*(lists if places is None else ([entry[i] for i in places] for entry in lists)), truncated)
 
     def _is_cut(self, encoding: "tokenizers.Encoding") -> bool:
         return len(encoding) == self.max_seq_length and bool(encoding.overflowing)
@@ -287,13 +290,15 @@ def load_tokenizer(
     max_seq_length: int | None = None,
     default_max_seq_length: int | None = None,
     do_lower_case: bool = False,
+    type_vocab_size: int = 2,
 ) -> Tokenizer:
     """Read the tokenizer of a BERT folder.
 
     Parameters
     ----------
     folder : Path
-        With tokenizer.json or vocab.txt, and perhaps tokenizer_config.json and special_tokens_map.json.
+        With tokenizer.json or vocab.txt, and perhaps tokenizer_config.json and special_tokens_map.json. Where nothing
+        but bert_config.json describes a model, one with capitals in its vocabulary is cased.
     vocab_size, max_position_embeddings : int
         Of the model.
     max_seq_length : int, optional
@@ -303,6 +308,8 @@ def load_tokenizer(
         tokenizer_config.json, else max_position_embeddings. Both are cut to max_position_embeddings.
     do_lower_case : bool
         Lower-case texts whatever tokenizer.json and tokenizer_config.json say (SentenceConfig.do_lower_case).
+    type_vocab_size : int
+        Of the model. With 1, as in RoBERTa, all tokens have type 0, those of a second text too.
 
     Raises
     ------
@@ -314,6 +321,9 @@ def load_tokenizer(
     """
     config_path = folder / "tokenizer_config.json"
     config = read_optional_json(config_path)
+    there = [(folder / name).exists() for name in ("bert_config.json", "vocab.txt", "config.json", "tokenizer.json")]
+    if not config and there == [True, True, False, False]:
+        config = {"do_lower_case": not _is_cased(folder / "vocab.txt")}
     # transformers gives special_tokens_map.json the last word on the special tokens.
     tokens = _special_tokens(config_path, config | read_optional_json(folder / "special_tokens_map.json"))
     normalizer = _normalizer(config_path, config)
@@ -334,7 +344,7 @@ def load_tokenizer(
         limit = default_max_seq_length or _model_max_length(config_path, config)
         limit = min(limit, max_position_embeddings)
     _check_length(backend, limit, max_position_embeddings)
-    return Tokenizer(backend, limit, max_position_embeddings, tokens)
+    return Tokenizer(backend, limit, max_position_embeddings, tokens, type_vocab_size)
 
 
 # ---- the files ----
@@ -414,6 +424,15 @@ def _from_vocabulary(
     _add_template(path, backend, tokens)
     backend.add_special_tokens([token for token in tokens.values() if token in vocabulary])
     return backend
+
+
+def _is_cased(path: Path) -> bool:
+    """Whether pieces have capitals: google-research/bert says it in the name of a download alone, "cased_L-12_...".
+
+    The special tokens, [PAD] and so on, have capitals in every vocabulary.
+    """
+    lines = read_file(path, MAX_TOKENIZER_BYTES).split(b"\n")
+    return any(line != line.lower() and not line.startswith(b"[") for line in lines)  # ASCII alone
 
 
 def _add_template(path: Path, backend: "tokenizers.Tokenizer", tokens: Mapping[str, str]) -> None:
