@@ -378,7 +378,7 @@ def write_model(
     dtype : "F32", "F16" or "BF16"
         Of the stored tensors.
     prefix : str
-        Put before every tensor name of the encoder, such as "bert.".
+        Put before every tensor name, such as "bert.".
     gamma_beta : bool
         LayerNorm.gamma and LayerNorm.beta, the TensorFlow spelling that google-bert/bert-base-uncased keeps.
     sharded : bool

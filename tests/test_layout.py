@@ -25,8 +25,8 @@ C_ARROWS = {
     "pooling": "fastbert",
     "dispatch": "isa cpu kernels error",
     "weights": "kernels error",
-    "crc32c": "",
     "head": "weights threads dispatch error fastbert",
+    "crc32c": "",
     "bert": "weights pooling threads dispatch error fastbert",
 }
 KERNEL_ARROWS = {

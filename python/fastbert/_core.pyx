@@ -184,9 +184,11 @@ cdef object fill_tensor(fb_tensor *tensor, int64_t *tensor_strides, str name, so
     tensor.mapped = view is not None and memoryview(data).readonly and isinstance(memoryview(data).obj, mmap)
     for axis, n in enumerate(shape):
         tensor.shape[axis] = n
-    tensor.strides = NULL if strides is None else tensor_strides
-    for axis, n in enumerate(strides or ()):
-        tensor_strides[axis] = n
+    tensor.strides = NULL
+    if strides is not None:
+        tensor.strides = tensor_strides
+        for axis, stride in enumerate(strides):
+            tensor_strides[axis] = stride
     return encoded, view
 
 

@@ -126,13 +126,13 @@ class Checkpoint:
     """All other tensors (heads), under their names in transformers: classifier.weight, cls.predictions.bias, ..."""
 
     def find(self, name: str, shape: Iterable[int]) -> Tensor | None:
-        """The tensor that transformers calls `name`, without the prefix of the encoder; None if there is none.
+        """The tensor of this name, in `tensors` or `other`; None if there is none.
 
         Raises ValueError, which names folder and tensor, for another shape or dtype.
         """
-        tensor = self.tensors.get(name) or self.other.get(name)
+        tensor = self.other.get(name, self.tensors.get(name))
         if tensor is not None:
-            check_tensor(f"{self.path.parent}: {name}", tensor, shape)
+            check_tensor(f"{self.folder}: {name}", tensor, shape)
         return tensor
 
 

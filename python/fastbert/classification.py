@@ -202,8 +202,8 @@ class CrossEncoder(_PooledModel):
     task = "sequence-classification"
     _state = ("activation_fn", "prompts", "default_prompt_name")
 
-    def _finish_loading(self, folder: Path) -> None:
-        config = load_cross_encoder_config(folder, self._settings)
+    def _finish_loading(self) -> None:
+        config = load_cross_encoder_config(self._where.parent, self._settings)
         name = config.activation or ("sigmoid" if len(self.id2label) == 1 else "none")
         self.activation_fn: Callable[[Floats], Floats] = FUNCTIONS[name]
         self.prompts = config.prompts

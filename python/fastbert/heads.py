@@ -34,35 +34,73 @@ class Layer(NamedTuple):
 class Head(NamedTuple):
     """A row of HEADS."""
 
-    reads: Literal["pooler", "hidden"]  # pooler_output [batch, hidden], or last_hidden_state [tokens, hidden]
-    outputs: int | Literal["labels", "vocabulary"]  # rows of the last layer; those before keep hidden_size
+    reads: Literal["pooler", "first", "hidden"]
+    """pooler_output [batch, hidden], or of last_hidden_state the first token's or all rows [tokens, hidden]."""
+    outputs: int | Literal["labels", "vocabulary"]
+    """Rows of the last layer; those before it keep hidden_size."""
+    architecture: tuple[str, ...]
+    """How the names end that config.json has for models with this head."""
     layers: tuple[Layer, ...]
-    architectures: tuple[str, ...]  # endings of config.json's architectures that have this head
 
 
-# model_type of config.json -> task -> head
+_WORDS = "embeddings.word_embeddings.weight"
+_SEQUENCE = ("ForSequenceClassification",)
+_TOKENS = Head("hidden", "labels", ("ForTokenClassification",), (Layer("classifier"),))
+_ANSWERS = Head("hidden", 2, ("ForQuestionAnswering",), (Layer("qa_outputs"),))
+_MASKED = ("ForMaskedLM", "ForPreTraining")
+
+_ROBERTA = {
+    "sequence-classification": Head(
+        "first", "labels", _SEQUENCE, (Layer("classifier.dense", "tanh"), Layer("classifier.out_proj"))
+    ),
+    "token-classification": _TOKENS,
+    "question-answering": _ANSWERS,
+    "masked-lm": Head(
+        "hidden",
+        "vocabulary",
+        _MASKED,
+        (
+            Layer("lm_head.dense", "gelu", "lm_head.layer_norm"),
+            Layer("lm_head.decoder", "none", "", _WORDS, "lm_head.bias"),
+        ),
+    ),
+}
+
+# model_type of config.json -> task -> head. transformers 5.23, models/<model_type>/.
 HEADS: dict[str, dict[str, Head]] = {
     "bert": {
-        "sequence-classification": Head("pooler", "labels", (Layer("classifier"),), ("ForSequenceClassification",)),
-        "token-classification": Head("hidden", "labels", (Layer("classifier"),), ("ForTokenClassification",)),
-        "question-answering": Head("hidden", 2, (Layer("qa_outputs"),), ("ForQuestionAnswering",)),
+        "sequence-classification": Head("pooler", "labels", _SEQUENCE, (Layer("classifier"),)),
+        "token-classification": _TOKENS,
+        "question-answering": _ANSWERS,
         "masked-lm": Head(
             "hidden",
             "vocabulary",
+            _MASKED,
             (
                 Layer("cls.predictions.transform.dense", "hidden_act", "cls.predictions.transform.LayerNorm"),
-                Layer(
-                    "cls.predictions.decoder",
-                    tied_weight="embeddings.word_embeddings.weight",
-                    tied_bias="cls.predictions.bias",
-                ),
+                Layer("cls.predictions.decoder", "none", "", _WORDS, "cls.predictions.bias"),
             ),
-            ("ForMaskedLM", "ForPreTraining"),
         ),
         "next-sentence": Head(
-            "pooler", 2, (Layer("cls.seq_relationship"),), ("ForNextSentencePrediction", "ForPreTraining")
+            "pooler", 2, ("ForNextSentencePrediction", "ForPreTraining"), (Layer("cls.seq_relationship"),)
         ),
     },
+    "distilbert": {
+        "sequence-classification": Head(
+            "first", "labels", _SEQUENCE, (Layer("pre_classifier", "relu"), Layer("classifier"))
+        ),
+        "token-classification": _TOKENS,
+        "question-answering": _ANSWERS,
+        "masked-lm": Head(
+            "hidden",
+            "vocabulary",
+            _MASKED,
+            (Layer("vocab_transform", "hidden_act", "vocab_layer_norm"), Layer("vocab_projector", "none", "", _WORDS)),
+        ),
+    },
+    "roberta": _ROBERTA,
+    "xlm-roberta": _ROBERTA,
+    "camembert": _ROBERTA,
 }
 
 MAX_LABELS = 1 << 16
@@ -118,20 +156,19 @@ class TaskModel(Pretrained):
 
     def _load(self, folder: Path, prefix: Path | None, max_seq_length: int | None) -> None:
         checkpoint = self._read(folder, prefix, max_seq_length)
-        self._where = checkpoint.path
-        self._settings = read_json(self._where, dict)
-        heads = HEADS.get(self.config.model_type, {})
+        self._where = folder / "config.json"
+        self._settings = read_optional_json(self._where)
+        heads = HEADS[self.config.model_type]
         if self.task not in heads:
-            known = ", ".join(model_type for model_type, tasks in HEADS.items() if self.task in tasks)
+            having = ", ".join(name for name, row in HEADS.items() if self.task in row)
             raise ValueError(
-                f"{self._where}: model_type: expected one of {known} for {type(self).__name__}, "
-                f"got {self.config.model_type}"
+                f"{self._where}: model_type: expected {having} for {type(self).__name__}, got {self.config.model_type}"
             )
         self._head = heads[self.task]
         self.id2label = self._labels() if self._head.outputs == "labels" else {}
         self._check_architecture()
         self._layers = self._load_layers(checkpoint)
-        self._build(checkpoint.tensors)
+        self._build(checkpoint.tensors, pooling=("cls",) if self._head.reads == "first" else ())
         if self._head.reads == "pooler" and not self._model.has_pooler:
             shape = [self.config.hidden_size] * 2
             raise ValueError(f"{folder}: pooler.dense.weight: expected {shape} for this head, got no such tensor")
@@ -147,9 +184,9 @@ class TaskModel(Pretrained):
         names = self._settings.get("architectures") or []
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"{self._where}: architectures: expected a list of strings, got {reprlib.repr(names)}")
-        if names and not any(name.endswith(self._head.architectures) for name in names):
+        if names and not any(name.endswith(self._head.architecture) for name in names):
             raise ValueError(
-                f"{self._where}: architectures: expected {' or '.join('Bert' + e for e in self._head.architectures)} "
+                f"{self._where}: architectures: expected a name that ends in {' or '.join(self._head.architecture)} "
                 f"for {type(self).__name__}, got {', '.join(names)}"
             )
 
@@ -208,12 +245,12 @@ class TaskModel(Pretrained):
         return rows
 
     def _encode(self, batch: TokenBatch) -> Floats:
-        """What the head reads: pooler_output [batch, hidden] or last_hidden_state [tokens, hidden]."""
-        pooler = self._head.reads == "pooler"
-        hidden, pooled, _ = self._model.forward(
-            batch.ids, batch.offsets, batch.type_ids, hidden=not pooler, pooler=pooler, threads=self.threads or 0
+        """What the head reads: a row for each text, or for each token."""
+        wanted = {"pooler": "pooler", "first": "vectors", "hidden": "hidden"}[self._head.reads]
+        outputs = self._model.forward(
+            batch.ids, batch.offsets, batch.type_ids, **{wanted: True}, threads=self.threads or 0
         )
-        return pooled if pooler else hidden
+        return next(rows for rows in outputs if rows is not None)
 
     def _report_long(
         self, long: LongTexts, batch: TokenBatch, first: int, texts: Sequence[str], pairs: Sequence[str] | None

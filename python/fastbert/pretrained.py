@@ -65,12 +65,12 @@ class Pretrained(ABC):
 
     @abstractmethod
     def _load(self, folder: Path, prefix: Path | None, max_seq_length: int | None) -> None:
-        """Read the files in `folder`, the weights from the TensorFlow checkpoint `prefix` if given, and build."""
+        """Read the model of `folder`, the weights of the TensorFlow checkpoint `prefix` if given."""
 
     def _read(
         self, folder: Path, prefix: Path | None, max_seq_length: int | None, **tokenizer_options: Any
     ) -> Checkpoint:
-        """Read the encoder's files in `folder`; the options are load_tokenizer's."""
+        """Read the encoder's files; the options are load_tokenizer's."""
         checkpoint = load_checkpoint(folder, prefix)
         self.config = checkpoint.config
         self.tokenizer: Tokenizer = load_tokenizer(
@@ -79,6 +79,7 @@ class Pretrained(ABC):
             max_position_embeddings=self.config.max_position_embeddings,
             type_vocab_size=self.config.type_vocab_size,
             max_seq_length=max_seq_length,
+            type_vocab_size=self.config.type_vocab_size,
             **tokenizer_options,
         )
         return checkpoint

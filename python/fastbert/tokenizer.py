@@ -69,20 +69,6 @@ class Tokens:
     special: list[int]
     truncated: bool
 
-    @classmethod
-    def of(cls, encoding: "tokenizers.Encoding", truncated: bool, places: Sequence[int] | None = None) -> "Tokens":
-        """Those at `places`, all unless given."""
-        lists = (
-            encoding.ids,
-            encoding.type_ids,
-            encoding.tokens,
-            encoding.offsets,
-            encoding.word_ids,
-            encoding.sequence_ids,
-            encoding.special_tokens_mask,
-        )
-        return cls(*(lists if places is None else ([entry[i] for i in places] for entry in lists)), truncated)
-
 
 def to_batch(parts: Sequence[Tokens]) -> TokenBatch:
     """The tokens of all parts in one row."""
@@ -165,7 +151,7 @@ class Tokenizer:
 
     def encode(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[Tokens]:
         """As encode_batch, with all that is known of each token."""
-        return [Tokens.of(encoding, self._is_cut(encoding)) for encoding in self._encode(texts, pairs, False)]
+        return [self._tokens(encoding, self._is_cut(encoding)) for encoding in self._encode(texts, pairs, False)]
 
     def windows(
         self, text: str, pair: str | None = None, *, stride: int | None = None, length: int | None = None
@@ -205,7 +191,7 @@ class Tokenizer:
         begin, end = (parted[0], parted[-1] + 1) if parted else (len(encoding), len(encoding))
         head, tail = range(begin), range(end, len(encoding))
         starts = range(begin, max(end - stride, begin + 1), room - stride)
-        return [Tokens.of(encoding, False, [*head, *range(a, min(a + room, end)), *tail]) for a in starts]
+        return [self._tokens(encoding, False, [*head, *range(a, min(a + room, end)), *tail]) for a in starts]
 
     def token(self, token_id: int) -> str | None:
         """The text of a token, as in the vocabulary."""
@@ -237,6 +223,19 @@ class Tokenizer:
         backend = copy.deepcopy(self._backend)
         backend.no_truncation()
         return backend
+
+    def _tokens(self, encoding: "tokenizers.Encoding", truncated: bool, places: Sequence[int] | None = None) -> Tokens:
+        """Those at `places`, all unless given."""
+        lists = (
+            encoding.ids,
+            [0] * len(encoding) if self._type_vocab_size == 1 else encoding.type_ids,
+            encoding.tokens,
+            encoding.offsets,
+            encoding.word_ids,
+            encoding.sequence_ids,
+            encoding.special_tokens_mask,
+        )
+        return Tokens(*(lists if places is None else ([entry[i] for i in places] for entry in lists)), truncated)
 
     def _is_cut(self, encoding: "tokenizers.Encoding") -> bool:
         return len(encoding) == self.max_seq_length and bool(encoding.overflowing)
