@@ -117,8 +117,7 @@ class BertConfig:
 class Checkpoint:
     """A BERT folder, weights mapped."""
 
-    path: Path
-    """config.json or bert_config.json."""
+    folder: Path
     config: BertConfig
     tensors: dict[str, Tensor]
     """The encoder's tensors as BERT's: those of encoder_shapes(config), with or without pooler.dense.*."""
@@ -153,7 +152,7 @@ def load_checkpoint(folder: Path, prefix: Path | None = None) -> Checkpoint:
         path = folder / _GOOGLE_CONFIG
     config = load_config(path)
     tensors, other = _load_tensors(config, *open_weights(folder, prefix))
-    return Checkpoint(path, config, tensors, other)
+    return Checkpoint(folder, config, tensors, other)
 
 
 # ---- config.json ----

@@ -1,7 +1,6 @@
 """Heads on pooler_output: classes of a text or a pair, relevance of a pair, whether a text follows another."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -114,7 +113,7 @@ class SequenceClassifier(_PooledModel):
 
     task = "sequence-classification"
 
-    def _finish_loading(self, folder: Path) -> None:
+    def _finish_loading(self) -> None:
         self.problem_type = self._settings.get("problem_type")
         if self.problem_type is not None:
             one_of(f"{self._where}: problem_type", self.problem_type, PROBLEM_TYPES)

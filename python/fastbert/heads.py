@@ -16,7 +16,7 @@ import numpy as np
 
 from fastbert import _core
 from fastbert.checkpoint import Checkpoint
-from fastbert.files import count, read_json
+from fastbert.files import count, read_optional_json
 from fastbert.pretrained import Floats, LongTexts, Pretrained, positive
 from fastbert.tokenizer import TokenBatch, check_texts
 
@@ -171,10 +171,10 @@ class TaskModel(Pretrained):
         self._build(checkpoint.tensors, pooling=("cls",) if self._head.reads == "first" else ())
         if self._head.reads == "pooler" and not self._model.has_pooler:
             shape = [self.config.hidden_size] * 2
-            raise ValueError(f"{folder}: pooler.dense.weight: expected {shape} for this head, got no such tensor")
-        self._finish_loading(folder)
+            raise ValueError(f"{self.folder}: pooler.dense.weight: expected {shape} for this head, got no such tensor")
+        self._finish_loading()
 
-    def _finish_loading(self, folder: Path) -> None:
+    def _finish_loading(self) -> None:
         """What a task reads of the files besides."""
 
     # ---- the files ----
@@ -206,7 +206,7 @@ class TaskModel(Pretrained):
         return {i: labels[str(i)] for i in range(len(labels))}
 
     def _load_layers(self, checkpoint: Checkpoint) -> list[_core.Linear]:
-        hidden, folder = self.config.hidden_size, checkpoint.path.parent
+        hidden = self.config.hidden_size
         last = {"labels": len(self.id2label), "vocabulary": self.config.vocab_size}.get(
             self._head.outputs, self._head.outputs
         )
@@ -219,7 +219,7 @@ class TaskModel(Pretrained):
                 if found is None and tied:
                     found = checkpoint.find(tied, shape)
                 if found is None:
-                    raise ValueError(f"{folder}: {name}: expected {list(shape)}, got no such tensor")
+                    raise ValueError(f"{checkpoint.folder}: {name}: expected {list(shape)}, got no such tensor")
                 return found
 
             tied_weight = layer.tied_weight if self._settings.get("tie_word_embeddings", True) else ""

@@ -5,7 +5,6 @@ The results are those of transformers' pipeline "fill-mask". Only rows of [MASK]
 
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -36,10 +35,10 @@ class MaskedLM(TaskModel):
 
     task = "masked-lm"
 
-    def _finish_loading(self, folder: Path) -> None:
+    def _finish_loading(self) -> None:
         mask = self.tokenizer.special_ids["mask"]
         if mask is None:
-            raise ValueError(f"{folder}: expected a tokenizer with a mask token, which stands in the vocabulary")
+            raise ValueError(f"{self.folder}: expected a tokenizer with a mask token, which stands in the vocabulary")
         self._mask = mask
         self.mask_token = self.tokenizer.token(mask)
 

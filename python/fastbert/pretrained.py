@@ -77,7 +77,6 @@ class Pretrained(ABC):
             folder,
             vocab_size=self.config.vocab_size,
             max_position_embeddings=self.config.max_position_embeddings,
-            type_vocab_size=self.config.type_vocab_size,
             max_seq_length=max_seq_length,
             type_vocab_size=self.config.type_vocab_size,
             **tokenizer_options,
