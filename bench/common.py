@@ -24,6 +24,13 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
+def cpu_flags() -> set[str]:
+    """Features of the CPU under the kernel's names; empty where there is no /proc/cpuinfo."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    return {flag for line in lines if line.startswith(("flags", "Features")) for flag in line.split(":", 1)[1].split()}
+
+
 def commit() -> str:
     """The commit of the checkout, with "+changes" if files differ from it; "unknown" without git."""
 
@@ -60,7 +67,7 @@ def pin(cores: int) -> list[int]:
 
 def spread(samples: Sequence[float]) -> dict[str, float]:
     """Median, and the quartiles as the spread."""
-    low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
+    low, median, high = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else 3 * [*samples]
     return {"median": median, "low": low, "high": high, "rounds": len(samples)}
 
 
