@@ -15,7 +15,7 @@ precision, in fp32 with engines in fp32. `share` is what fastbert reaches of the
 measured in the same run.
 
 --isa avx2 caps fastbert's kernels, and the other engines where they have a switch for it; those that have none run as
-they are, marked "not capped", and do not count in the summary.
+they are, and do not count as best peer.
 """
 
 import argparse
@@ -180,6 +180,8 @@ def measure(
     expected = None
     for (engine, precision), sessions in tqdm(loaded.items(), f"{label}: check, try", leave=False):
         contestant = Contestant(sessions, CASES[case])
+        if threads > 1:
+            settle()
         try:
             while (rows := contestant.try_one(expected, LEAST_COSINE[precision])) is not None:
                 expected = rows if expected is None else expected
@@ -226,12 +228,12 @@ def results(contestants: dict[tuple[str, str], Contestant], tokens: int) -> dict
 # ---- what comes out of it ----
 
 
-def best_peer(case: dict[str, Any], ours: str, engines: Iterable[str]) -> tuple[str, float] | None:
+def best_peer(case: dict[str, Any], ours: str, counted: Iterable[str]) -> tuple[str, float] | None:
     """The engine with the smallest ratio to fastbert in precision `ours`."""
     ratios = {
         name: found["ratio"][ours]["median"]
         for name, found in case["engines"].items()
-        if name.split()[0] in engines and ours in found["ratio"]
+        if name in counted and ours in found["ratio"]
     }
     return min(ratios.items(), key=lambda item: item[1], default=None)
 
@@ -248,7 +250,7 @@ GROUPS: dict[str, Callable[[str, int], bool]] = {  # of cases, by name and token
 def summary(record: dict[str, Any]) -> list[str]:
     """Geometric means of the best peer's time by fastbert's, and where fastbert is behind."""
     lines = []
-    counted = record["counted engines"]
+    counted = record["counted"]
     for ours in ("fp32", "int8"):
         ratios = {}
         for model, cases in record["models"].items():
@@ -281,7 +283,7 @@ def table(record: dict[str, Any]) -> str:
             row = [model, name]
             for ours in ("fp32", "int8"):
                 mine = case["engines"].get(f"{OURS} {ours}")
-                best = best_peer(case, ours, record["counted engines"])
+                best = best_peer(case, ours, record["counted"])
                 if mine is None:
                     row += [""] * 4
                     continue
@@ -317,7 +319,11 @@ def run(args: argparse.Namespace, cache: Path) -> dict[str, Any]:
         "threads": args.threads,
         "cores": pin(args.threads),
         "isa cap": args.isa,
-        "counted engines": [e for e in args.engines if not args.isa or ENGINES[e].avx2 is not None],
+        "counted": [
+            f"{engine} {precision}"
+            for engine in args.engines
+            for precision in (ENGINES[engine].capped if args.isa else ENGINES[engine].precisions)
+        ],
         "skipped": {},
         "models": {},
     }
@@ -370,7 +376,7 @@ def main() -> None:
         args = parser.parse_args()
     if args.isa:  # read by the libraries when they are loaded, which they are not yet
         for engine in [OURS, *args.engines]:
-            os.environ.update(ENGINES[engine].avx2 or {})
+            os.environ.update(ENGINES[engine].avx2)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as temp:
         record = run(args, args.cache or Path(temp))
@@ -383,9 +389,8 @@ def main() -> None:
     print(engine_table(record), "\n")
     for engine, reason in record["skipped"].items():
         print(f"skipped: {engine}: {reason}")
-    for engine in args.engines:
-        if engine not in record["counted engines"]:
-            print(f"not capped, not counted: {engine}")
+    if args.isa:
+        print(f"capped to {args.isa} and counted: {', '.join(record['counted'])}")
     print(*summary(record), sep="\n")
     if args.json:
         args.json.write_text(json.dumps(record, indent=1), encoding="utf-8")

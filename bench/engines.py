@@ -11,9 +11,10 @@ which both compile for longer than the whole comparison runs.
 import ctypes
 import json
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
@@ -56,7 +57,8 @@ class Engine(NamedTuple):
     load: Callable[[Task, str], list[Session]]  # the model in a precision
     precisions: tuple[str, ...]
     packages: tuple[str, ...]  # what must be installed; versions go into the record
-    avx2: dict[str, str] | None  # environment that keeps it from wider instructions; None: nothing does
+    avx2: dict[str, str]  # environment that keeps it from wider instructions,
+    capped: tuple[str, ...]  # in these precisions
 
 
 def select(batch: Batch, texts: Sequence[int]) -> Batch:
@@ -290,9 +292,10 @@ def openvino_graph(task: Task, masked: bool, int8: bool) -> Path:
             inputs = padded(select(task.calibration, [text]))
             samples.append(inputs | ({"attention_mask": np.ones_like(inputs["input_ids"])} if masked else {}))
         source = ov.Core().read_model(openvino_graph(task, masked, False))
-        model = nncf.quantize(
-            source, nncf.Dataset(samples), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(samples)
-        )
+        with redirect_stdout(sys.stderr):  # its progress bars
+            model = nncf.quantize(
+                source, nncf.Dataset(samples), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(samples)
+            )
     else:
         import torch
 
@@ -463,23 +466,50 @@ def write_gguf(folder: Path, path: Path, q8_0: bool) -> None:
 # ---- all of them ----
 
 ONEDNN_AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "DNNL_MAX_CPU_ISA": "AVX2"}
+MKL_AVX2 = {"MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 ENGINES: dict[str, Engine] = {
-    "fastbert": Engine(fastbert, ("fp32", "int8"), ("fastbert-cpu",), {"FASTBERT_ISA": "avx2"}),
+    "fastbert": Engine(
+        fastbert,
+        precisions=("fp32", "int8"),
+        packages=("fastbert-cpu",),
+        avx2={"FASTBERT_ISA": "avx2"},
+        capped=("fp32", "int8"),
+    ),
     "ctranslate2": Engine(
         ctranslate2,
-        ("fp32", "int8"),
-        ("ctranslate2", "transformers"),
-        {"CT2_FORCE_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"} | ONEDNN_AVX2,
+        precisions=("fp32", "int8"),
+        packages=("ctranslate2", "transformers"),
+        avx2={"CT2_FORCE_CPU_ISA": "AVX2"} | MKL_AVX2 | ONEDNN_AVX2,
+        capped=("fp32", "int8"),
     ),
-    "openvino": Engine(openvino, ("fp32", "bf16", "int8"), ("openvino", "nncf", "torch", "transformers"), ONEDNN_AVX2),
-    "onnxruntime": Engine(onnxruntime, ("fp32", "int8"), ("onnxruntime", "onnx", "torch", "transformers"), None),
+    "openvino": Engine(
+        openvino,
+        precisions=("fp32", "bf16", "int8"),
+        packages=("openvino", "nncf", "torch", "transformers"),
+        avx2=ONEDNN_AVX2,
+        capped=("bf16", "int8"),  # its float32 GEMM is that of ONNX Runtime
+    ),
+    "onnxruntime": Engine(
+        onnxruntime,
+        precisions=("fp32", "int8"),
+        packages=("onnxruntime", "onnx", "torch", "transformers"),
+        avx2={},
+        capped=(),
+    ),
     "pytorch": Engine(
         pytorch,
-        ("fp32", "bf16", "int8"),
-        ("torch", "transformers"),
-        {"ATEN_CPU_CAPABILITY": "avx2", "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2"} | ONEDNN_AVX2,
+        precisions=("fp32", "bf16", "int8"),
+        packages=("torch", "transformers"),
+        avx2={"ATEN_CPU_CAPABILITY": "avx2", "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2"} | MKL_AVX2 | ONEDNN_AVX2,
+        capped=("fp32", "bf16", "int8"),
     ),
-    "llama.cpp": Engine(llama_cpp, ("fp32", "int8"), ("llama-cpp-python", "gguf"), None),
+    "llama.cpp": Engine(
+        llama_cpp,
+        precisions=("fp32", "int8"),
+        packages=("llama-cpp-python", "gguf"),
+        avx2={},
+        capped=(),
+    ),
 }
 
 
