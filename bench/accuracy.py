@@ -31,9 +31,10 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 from transformers import BertConfig, BertModel
 
-from bench.common import environment, markdown
+from bench.common import environment
 from bench.sts import Pairs, cosines
 from fastbert import _core
+from fastbert.benchmark import markdown
 from tests import models
 from tests.models import Batch
 

@@ -32,11 +32,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from bench.common import environment, markdown, pin, spread
+from bench.common import environment, pin
 from bench.engines import ENGINES, Rows, Session, Task, Unavailable, load, missing_packages, select
 from bench.roofline import Roofline
 from bench.sts import cosines
 from bench.workload import CASES, RAGGED, SHAPES, batch_of, write_folder
+from fastbert.benchmark import markdown, seconds_of, settle, spread
 from tests.models import Batch
 
 PRECISIONS = ("fp32", "bf16", "int8")  # in the order in which they may be compared: at or below ours
@@ -118,25 +119,9 @@ def nearness(rows: Rows, expected: Rows) -> float:
 # ---- measuring ----
 
 
-def seconds_of(run: Callable[[], Any], repeat: int = 1) -> float:
-    start = time.perf_counter()
-    for _ in range(repeat):
-        run()
-    return (time.perf_counter() - start) / repeat
-
-
 def timed(run: Callable[[], Rows]) -> tuple[Rows, float]:
     start = time.perf_counter()
     return run(), time.perf_counter() - start
-
-
-def settle() -> None:
-    """Waits until the threads of the engine that ran last have stopped spinning, for a second at most."""
-    for _ in range(100):
-        before = time.process_time()
-        time.sleep(0.01)
-        if time.process_time() - before < 0.001:
-            return
 
 
 class Contestant:

@@ -22,12 +22,13 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from bench.common import environment, markdown, pin, spread
+from bench.common import environment, pin
 from bench.encoder import OURS, by_length, measure
 from bench.engines import ENGINES, Session, Task, Unavailable, load, select
 from bench.sts import Pairs, cosines
 from bench.workload import CASES
 from fastbert import Encoder, kernels
+from fastbert.benchmark import markdown, spread
 from tests.models import Batch
 
 CALIBRATION = 300  # sentences

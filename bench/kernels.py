@@ -28,8 +28,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from bench.common import ROOT, environment, markdown, pin, spread
+from bench.common import ROOT, environment, pin
 from fastbert._kernels import KernelSet, kernel_sets
+from fastbert.benchmark import markdown, spread
 from tests.cases import (
     Case,
     Expected,

@@ -17,10 +17,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from bench.common import environment, markdown, pin, spread
+from bench.common import environment, pin
 from bench.workload import CASES as ALL_CASES
 from bench.workload import RAGGED, SHAPES, config
 from fastbert import _core
+from fastbert.benchmark import markdown, spread
 from tests import models
 
 SAMPLE_S = 0.01

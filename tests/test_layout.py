@@ -36,7 +36,8 @@ KERNEL_ARROWS = {
 PYTHON_ARROWS = {
     "__init__": "_core encoder",
     "__main__": "cli",
-    "cli": "_core encoder",
+    "cli": "_core benchmark encoder",
+    "benchmark": "encoder",
     "encoder": "_core checkpoint sentence tokenizer hub",
     "sentence": "checkpoint safetensors files",
     "checkpoint": "safetensors files",
