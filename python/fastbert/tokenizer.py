@@ -10,10 +10,9 @@ case, accents or Chinese characters, the former wins, as in transformers.
 import copy
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,8 +36,7 @@ _BREAKS = " \t\n\r" + string.punctuation.replace("_", "") + "\u3001\u3002\uff01\
 _GENERIC_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
-@dataclass(frozen=True)
-class TokenBatch:
+class TokenBatch(NamedTuple):
     """A ragged batch: the tokens of all texts in one row, no padding."""
 
     ids: NDArray[np.int32]
@@ -92,14 +90,12 @@ class Tokenizer:
         """
         encodings = self._encode(texts, pairs, parallel)
         lengths = [len(encoding) for encoding in encodings]
-        offsets = np.zeros(len(lengths) + 1, np.int64)
-        np.cumsum(lengths, out=offsets[1:])
-        tokens = int(offsets[-1])
-        ids = np.fromiter(chain.from_iterable(e.ids for e in encodings), np.int32, tokens)
+        offsets = np.array([0, *accumulate(lengths)], np.int64)
+        ids = np.array([token for e in encodings for token in e.ids], np.int32)
         if pairs is None and self._one_type:
-            type_ids = np.zeros(tokens, np.int32)
+            type_ids = np.zeros(len(ids), np.int32)
         else:
-            type_ids = np.fromiter(chain.from_iterable(e.type_ids for e in encodings), np.int32, tokens)
+            type_ids = np.array([kind for e in encodings for kind in e.type_ids], np.int32)
         truncated = [n == self.max_seq_length and bool(e.overflowing) for n, e in zip(lengths, encodings, strict=True)]
         return TokenBatch(ids, type_ids, offsets, np.array(truncated, np.bool_))
 
