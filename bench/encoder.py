@@ -179,7 +179,7 @@ def measure(
         contestants[engine, precision] = contestant
 
     cost = {key: max(SAMPLE_S, x.seconds) + (x.seconds if x.seconds < WARM_S else 0) for key, x in contestants.items()}
-    slow = {(e, p) for (e, p), x in contestants.items() if not e.startswith(OURS) and x.seconds > HOPELESS * best[p]}
+    slow = hopeless({key: x.seconds for key, x in contestants.items()})
     spare = seconds - sum(cost[key] for key in slow)
     rounds = int(np.clip(spare / sum(cost[key] for key in cost.keys() - slow), *ROUNDS))
     for i in tqdm(range(rounds), f"{label}: rounds", leave=False):
@@ -188,7 +188,16 @@ def measure(
             if threads > 1:
                 settle()
             contestants[key].sample()
+        if i == 0:  # a trial may have been disturbed
+            slow &= hopeless({key: x.samples[0] for key, x in contestants.items()})
     return contestants
+
+
+def hopeless(times: dict[tuple[str, str], float]) -> set[tuple[str, str]]:
+    """Of times by (engine, precision), those that are HOPELESS beside the best peer's."""
+    peers = {key: time for key, time in times.items() if not key[0].startswith(OURS)}
+    best = {p: min(time for (_, q), time in peers.items() if q == p) for _, p in peers}
+    return {key for key, time in peers.items() if time > HOPELESS * best[key[1]]}
 
 
 def results(contestants: dict[tuple[str, str], Contestant], tokens: int) -> dict[str, Any]:
