@@ -13,6 +13,7 @@ import json
 import shutil
 import sys
 import warnings
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from functools import cache, partial
@@ -278,7 +279,8 @@ def openvino(task: Task, precision: str) -> list[Session]:
 
 
 def openvino_graph(task: Task, masked: bool, int8: bool) -> Path:
-    path = task.cache / f"openvino{'' if masked else '_unmasked'}{'_int8' if int8 else ''}.xml"
+    calibrated = f"_int8_{zlib.crc32(task.calibration.ids):08x}" if int8 else ""
+    path = task.cache / f"openvino{'' if masked else '_unmasked'}{calibrated}.xml"
     if path.exists():
         return path
     import openvino as ov

@@ -72,7 +72,9 @@ def run(args: argparse.Namespace, folder: Path, cache: Path) -> dict[str, Any]:
     tokens = Encoder(folder).tokenizer.encode_batch(pairs.texts)
     batch = Batch(tokens.ids, tokens.offsets, tokens.type_ids)
     skipped: dict[str, str] = {}
-    loaded = load_all(args.engines, Task(folder, cache, 1, select(batch, range(CALIBRATION))), skipped)
+    loaded = load_all(
+        args.engines, Task(folder, cache, 1, select(batch, range(min(CALIBRATION, len(pairs.texts))))), skipped
+    )
     found: dict[str, Any] = {}
     exact = None
     for (engine, precision), sessions in loaded.items():
