@@ -4,11 +4,11 @@
 
 Each case is checked against float64, then timed warm: in every round each kernel set runs each case once, repeated to
 at least SAMPLE_S, with a short run of its peak (bench/peak.c) before and after: fused multiply-adds for gemm_f32, VNNI
-dot products of bytes for gemm_s8 on the sets that have them. Printed: median and quartiles over the rounds. `share` is
-the median of the rate by the mean of the two peaks, so that a change of clock, or a neighbour on the same core, weighs
-on both; `by gemm_f32` the median over the rounds of the rate by that of gemm_f32 of the same shape and kernel set. GB/s
-counts operands and result once. Row operations are in nanoseconds per element. One thread, pinned to one
-core, by its CPU time.
+or AMX dot products of bytes for gemm_s8 on the sets that have them. Printed: median and quartiles over the rounds.
+`share` is the median of the rate by the mean of the two peaks, so that a change of clock, or a neighbour on the same
+core, weighs on both; `by gemm_f32` the median over the rounds of the rate by that of gemm_f32 of the same shape and
+kernel set. GB/s counts operands and result once. Row operations are in nanoseconds per element. One thread, pinned to
+one core, by its CPU time.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@
 enum {
     BUDGET = 256,     /* tokens of a micro-batch: weights are read once for so many rows, activations still fit L2 */
     BUDGET_MIN = 64,  /* not below this when batches are cut finer to give every thread some */
+    FEW_ROWS = 4,     /* quantised at once: of 1536 floats, 24 KB */
     QUERY_BLOCK = 64, /* rows of scores held at once: 64 x 512 floats are 128 KB */
     RACK = 16         /* idle workspaces that a model keeps */
 };
@@ -297,15 +298,17 @@ static void meet_if_columns(const micro_batch *b)
         fb_barrier(b->team);
 }
 
-/* Int8 models: this member's rows of x [tokens][k], mixed and quantised, into the workspace. `spare` holds the mixed rows;
- * it may be x, which is then overwritten. */
+/* Int8 models: this member's rows of x [tokens][k] quantised into the workspace, mixed before that where `spare`, which
+ * then holds the mixed rows, is not NULL; it may be x. */
 static void quantize(const micro_batch *b, const float *x, ptrdiff_t k, ptrdiff_t ldx, float *spare)
 {
     const fb_kernels *kernels = &b->model->kernels;
     const ptrdiff_t ldq = b->model->ld_q;
-    for (ptrdiff_t i = b->row; i < b->rows_end; i++) { /* one by one: the row stays in the L1 cache */
-        kernels->mix_f32(1, k, x + i * ldx, ldx, spare + i * ldx, ldx);
-        kernels->quantize_u8(1, k, spare + i * ldx, ldx, b->ws->q + i * ldq, ldq, b->ws->q_scale + i,
+    for (ptrdiff_t i = b->row, rows; i < b->rows_end; i += rows) { /* a few at once: they stay in the L1 cache */
+        rows = b->rows_end - i < FEW_ROWS ? b->rows_end - i : FEW_ROWS;
+        if (spare != NULL)
+            kernels->mix_f32(rows, k, x + i * ldx, ldx, spare + i * ldx, ldx);
+        kernels->quantize_u8(rows, k, (spare ? spare : x) + i * ldx, ldx, b->ws->q + i * ldq, ldq, b->ws->q_scale + i,
                              b->ws->q_zero + i);
     }
     meet_if_columns(b);
@@ -416,7 +419,7 @@ static void layer(const micro_batch *b, const fb_layer *l)
     fb_barrier(b->team);
     attention(b);
     fb_barrier(b->team);
-    linear(b, &l->attention_output, ws->context, ldh, ws->context, FB_ACT_NONE, ws->x, ldh, ws->y, ldh);
+    linear(b, &l->attention_output, ws->context, ldh, NULL, FB_ACT_NONE, ws->x, ldh, ws->y, ldh);
     meet_if_columns(b);
     layernorm(b, &l->attention_norm, ws->y, ws->x);
     meet_if_columns(b);

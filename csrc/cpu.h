@@ -13,9 +13,17 @@ enum {
     FB_CPU_AVX512DQ = 1 << 5,
     FB_CPU_AVX512VL = 1 << 6,
     FB_CPU_AVX512VNNI = 1 << 7,
-    FB_CPU_AVXVNNI = 1 << 8
+    FB_CPU_AVXVNNI = 1 << 8,
+    FB_CPU_AMXTILE = 1 << 9,
+    FB_CPU_AMXINT8 = 1 << 10,
+    FB_CPU_AMXBF16 = 1 << 11,
+    /* ARM64: from the top down, so that both families grow without meeting */
+    FB_CPU_NEON = 1 << 30,
+    FB_CPU_DOTPROD = 1 << 29,
+    FB_CPU_I8MM = 1 << 28
 };
 
+/* Where the CPU has AMX, this asks the OS to let the process use it. */
 uint32_t fb_cpu_features(void);
 
 #endif

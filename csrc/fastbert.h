@@ -81,14 +81,16 @@ typedef struct fb_config {
     int normalize; /* sentence vectors are scaled to unit length */
 } fb_config;
 
-/* A checkpoint tensor: borrowed, little-endian, C order, any alignment. Names are those of Hugging Face's
- * BertModel without a prefix: embeddings.word_embeddings.weight, encoder.layer.0.attention.self.query.weight, ... */
+/* A checkpoint tensor: borrowed, little-endian, any alignment. Names are those of Hugging Face's BertModel without a
+ * prefix: embeddings.word_embeddings.weight, encoder.layer.0.attention.self.query.weight, ... */
 typedef struct fb_tensor {
     const char *name;
     const void *data;
     fb_dtype dtype;
     int rank;
     int64_t shape[4];
+    const int64_t *strides; /* [rank] elements from an index to the next; NULL: C order */
+    int mapped; /* data lies in a read-only mapping of a file: fb_load lets its pages go once they are read */
 } fb_tensor;
 
 typedef struct fb_model fb_model;

@@ -16,10 +16,9 @@
 
 #include "fastbert.h"
 
-/* gemm_f32 sums each output over blocks of FB_KC products, one ascending fma chain a block, and adds the blocks in
- * ascending order. The blocks keep the packed panel in the L1 cache, and make the rounding error of k = 3072 about
- * sqrt(k / FB_KC) times smaller than one chain over all of k would. */
-enum { FB_KC = 128 };
+/* gemm_f32 sums each output over blocks of FB_CHAIN products, one ascending fma chain a block, and adds the blocks in
+ * ascending order: the rounding error is about sqrt(k / FB_CHAIN) times smaller than that of one chain over all of k. */
+enum { FB_CHAIN = 64 };
 
 /* Columns per packed strip in every layout: one 512-bit vector, or two of 256, or four of 128 bits. */
 enum { FB_STRIP = 16 };
@@ -34,7 +33,7 @@ typedef struct fb_epilogue {
 
 /* gemm_f32: the linear layer, C = residual + act(A * W^T + bias), all float32.
  *
- *   sum[i][j] = block_0 + block_1 + ...,   block_b = fma chain over p = b*FB_KC .. of A[i][p] * W[j][p], from 0
+ *   sum[i][j] = block_0 + block_1 + ...,   block_b = fma chain over p = b*FB_CHAIN .. of A[i][p] * W[j][p], from 0
  *   C[i][j]   = residual[i][j] + act(sum[i][j] + bias[j])              0 <= i < m, 0 <= j < n
  *
  *   a       [m][k]  activations; rows lda apart, lda >= k
@@ -45,7 +44,7 @@ typedef struct fb_epilogue {
  * Memory   a, bias, residual, c need no alignment; packed is 64-byte aligned; c overlaps no input.
  * Columns  strips of FB_STRIP columns are packed one after the other, so columns j0 .. of a packed matrix, j0 a
  *          multiple of FB_STRIP, are the matrix at packed + packed_bytes(j0, k): this is how threads split n.
- * Numbers  before act, |error| <= (min(k, FB_KC) + k / FB_KC + 2) * 2^-24 * (sum |A||W| + |bias|) to first order.
+ * Numbers  before act, |error| <= (min(k, FB_CHAIN) + k / FB_CHAIN + 2) * 2^-24 * (sum |A||W| + |bias|) to first order.
  * Source   packing and loop order: Goto & van de Geijn, ACM TOMS 34(3), 2008.
  */
 typedef struct fb_gemm_f32 {
@@ -63,12 +62,12 @@ enum { FB_K8 = 64 };
 static inline ptrdiff_t fb_k8(ptrdiff_t k) { return (k + FB_K8 - 1) / FB_K8 * FB_K8; }
 
 /* mix_f32: y = M x for each row, M orthogonal up to a power of two: spreads a few large elements over many, so that eight
- * bits resolve the rest. M works on whole vectors of 16 elements, never inside one. With v = n / 16 vectors:
+ * bits resolve the rest. M works on octets, 8 neighbouring elements, and keeps their order. With v = n / 8 octets:
  *
  *   v = 0, or n no multiple of 16    M = I
- *   otherwise  B = the largest power of two that divides v, at most 64: each run of B vectors goes through the
+ *   otherwise  B = the largest power of two that divides v, at most 128: each run of B octets goes through the
  *              Hadamard butterfly of size B (additions and subtractions, not scaled), strides 1, 2, 4, ... ascending;
- *              then, if 3 B divides v, vectors a, b, c that are B apart become a - m, b - m, c - m,
+ *              then, if 3 B divides v, octets a, b, c that are B apart become a - m, b - m, c - m,
  *              m = ((a + b) + c) * (2 / 3), 2 / 3 rounded to float32            (a Householder reflection)
  *
  * M is symmetric and M M = B I (fb_mix_gain), so x . w = (M x) . (M w) / B: weights are mixed once, at load.
@@ -80,7 +79,7 @@ typedef void fb_mix_f32(ptrdiff_t rows, ptrdiff_t n, const float *x, ptrdiff_t l
 static inline float fb_mix_gain(ptrdiff_t n)
 {
     ptrdiff_t gain = 1;
-    while (n > 0 && n % 16 == 0 && gain < 64 && n / 16 % (2 * gain) == 0)
+    while (n > 0 && n % 16 == 0 && gain < 128 && n / 8 % (2 * gain) == 0)
         gain *= 2;
     return (float)gain;
 }
@@ -92,9 +91,9 @@ static inline float fb_mix_gain(ptrdiff_t n)
  *
  *   x       [rows][k], rows ldx apart
  *   q       [rows][fb_k8(k)], rows ldq >= fb_k8(k) apart; bytes from k on are 0
- *   scale   [rows]; 0, with all q = zero = 0, where scale would be below 2^-120 (a row of zeros); NaN where the row holds a
- *           NaN or an infinity, so that all that is made from it is NaN
- *   zero    [rows] 0 .. 255; 0 where scale is NaN. There a NaN has q = 0, and the range is that of the other elements.
+ *   scale   [rows]; 0, with all q = zero = 0, where scale would be below 2^-120 (a row of zeros); NaN, with all q = zero = 0,
+ *           where the row holds a NaN or an infinity, so that all that is made from it is NaN
+ *   zero    [rows] 0 .. 255
  */
 typedef void fb_quantize_u8(ptrdiff_t rows, ptrdiff_t k, const float *x, ptrdiff_t ldx, uint8_t *q, ptrdiff_t ldq,
                             float *scale, int32_t *zero);

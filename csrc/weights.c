@@ -1,5 +1,6 @@
 /* weights.c: one walk over the model's tensors, run twice: first it adds up sizes, then it packs into the block.
  */
+#define _DEFAULT_SOURCE /* madvise */
 #include "weights.h"
 
 #include "error.h"
@@ -10,8 +11,13 @@
 #include <string.h>
 #ifdef _WIN32
 #include <malloc.h>
+#else
+#include <sys/mman.h>
+#include <unistd.h>
 #endif
 
+/* Large blocks ask for huge pages: a forward pass walks through all weights, and 4 KB pages cost a walk of the page
+ * table each. */
 void *fb_aligned_alloc(size_t bytes)
 {
     if (bytes > SIZE_MAX - 63)
@@ -20,9 +26,14 @@ void *fb_aligned_alloc(size_t bytes)
 #ifdef _WIN32
     void *memory = _aligned_malloc(bytes, 64);
 #else
+    const size_t huge_page = 2u << 20, alignment = bytes >= 2 * huge_page ? huge_page : 64;
     void *memory = NULL;
-    if (posix_memalign(&memory, 64, bytes ? bytes : 64) != 0)
+    if (posix_memalign(&memory, alignment, bytes ? bytes : 64) != 0)
         memory = NULL;
+#ifdef MADV_HUGEPAGE
+    if (memory != NULL && alignment == huge_page)
+        (void)madvise(memory, bytes / huge_page * huge_page, MADV_HUGEPAGE);
+#endif
 #endif
     return memory;
 }
@@ -45,39 +56,82 @@ static float from_bits(uint32_t bits)
     return x;
 }
 
+/* Without branches, so that a compiler turns loops of it into vectors. Subnormals are fraction * 2^-24, exact. */
 static float from_f16(uint16_t h)
 {
-    const uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = h >> 10 & 31, fraction = h & 0x3ff;
-    if (exponent == 0) /* zero and subnormal: fraction * 2^-24, exact */
-        return from_bits(sign) + (sign ? -1.0f : 1.0f) * (float)fraction * 0x1p-24f;
-    if (exponent == 31)
-        return from_bits(sign | 0x7f800000 | fraction << 13);
-    return from_bits(sign | (exponent + 112) << 23 | fraction << 13);
+    const uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = h & 0x7c00, fraction = h & 0x3ff;
+    const float small = (float)(int32_t)fraction * 0x1p-24f;
+    const uint32_t offset = exponent == 0x7c00 ? 0x70000000u : 0x38000000u; /* 224 and 112 exponents higher */
+    uint32_t bits;
+    memcpy(&bits, &small, sizeof bits);
+    bits = exponent ? ((uint32_t)(h & 0x7fff) << 13) + offset : bits;
+    return from_bits(sign | bits);
 }
 
-/* count elements of an unaligned little-endian tensor, from element `first` on, to float32. */
-static void convert(const fb_tensor *t, int64_t first, int64_t count, float *out)
+/* count elements of an unaligned little-endian array, stride apart, to float32. */
+static inline void convert_row(fb_dtype dtype, const unsigned char *in, int64_t stride, int64_t count, float *out)
 {
-    const size_t item = t->dtype == FB_F64 ? 8 : t->dtype == FB_F32 ? 4 : 2;
-    const unsigned char *in = (const unsigned char *)t->data + (size_t)first * item;
-    switch (t->dtype) {
-    case FB_F32: memcpy(out, in, (size_t)count * sizeof *out); break;
+    uint16_t h;
+    double d;
+    switch (dtype) {
+    case FB_F32:
+        for (int64_t i = 0; i < count; i++)
+            memcpy(out + i, in + 4 * i * stride, sizeof *out);
+        break;
     case FB_F16:
+        for (int64_t i = 0; i < count; i++) {
+            memcpy(&h, in + 2 * i * stride, sizeof h);
+            out[i] = from_f16(h);
+        }
+        break;
     case FB_BF16:
         for (int64_t i = 0; i < count; i++) {
-            uint16_t h;
-            memcpy(&h, in + 2 * i, sizeof h);
-            out[i] = t->dtype == FB_F16 ? from_f16(h) : from_bits((uint32_t)h << 16);
+            memcpy(&h, in + 2 * i * stride, sizeof h);
+            out[i] = from_bits((uint32_t)h << 16);
         }
         break;
     case FB_F64:
         for (int64_t i = 0; i < count; i++) {
-            double d;
-            memcpy(&d, in + 8 * i, sizeof d);
+            memcpy(&d, in + 8 * i * stride, sizeof d);
             out[i] = (float)d;
         }
         break;
     }
+}
+
+/* Rows first .. first + rows - 1 of a tensor [..][columns] or, of rank 1, [columns], to float32 in C order. */
+static void convert(const fb_tensor *t, int64_t first, int64_t rows, int64_t columns, float *out)
+{
+    const int64_t item = t->dtype == FB_F64 ? 8 : t->dtype == FB_F32 ? 4 : 2;
+    const int64_t row = t->strides == NULL || t->rank == 1 ? columns : t->strides[0];
+    const int64_t column = t->strides == NULL ? 1 : t->strides[t->rank - 1];
+    const unsigned char *in = (const unsigned char *)t->data + first * row * item;
+    if (column == 1 && row == columns)
+        convert_row(t->dtype, in, 1, rows * columns, out);
+    else if (column == 1)
+        for (int64_t i = 0; i < rows; i++)
+            convert_row(t->dtype, in + i * row * item, 1, columns, out + i * columns);
+    else /* a transposed matrix: in blocks of 16 columns, whose cache lines stay for the next rows */
+        for (int64_t j = 0; j < columns; j += 16)
+            for (int64_t i = 0; i < rows; i++)
+                convert_row(t->dtype, in + (i * row + j * column) * item, column, columns - j < 16 ? columns - j : 16,
+                            out + i * columns + j);
+}
+
+/* Lets the pages of a mapped tensor go, so that file and packed weights are not both in memory. */
+static void let_go(const fb_tensor *t)
+{
+#if defined(__linux__) || defined(__APPLE__)
+    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), data = (uintptr_t)t->data;
+    uintptr_t bytes = t->dtype == FB_F64 ? 8 : t->dtype == FB_F32 ? 4 : 2;
+    for (int i = 0; i < t->rank; i++)
+        bytes *= (uintptr_t)t->shape[i];
+    const uintptr_t begin = (data + page - 1) / page * page, end = (data + bytes) / page * page;
+    if (t->mapped && begin < end)
+        madvise((void *)begin, end - begin, MADV_DONTNEED);
+#else
+    (void)t;
+#endif
 }
 
 /* ---- the walk ---- */
@@ -153,8 +207,10 @@ static const float *table(walk *w, const char *name, ptrdiff_t rows, ptrdiff_t c
     const fb_tensor *t = expect(w, name, rows, columns);
     const ptrdiff_t count = (rows ? rows : 1) * columns;
     float *out = take(w, (size_t)count * sizeof *out);
-    if (t != NULL && out != NULL)
-        convert(t, 0, count, out);
+    if (t != NULL && out != NULL) {
+        convert(t, 0, rows ? rows : 1, columns, out);
+        let_go(t);
+    }
     return out;
 }
 
@@ -206,9 +262,11 @@ static void quantized_table(walk *w, const char *name, ptrdiff_t rows, ptrdiff_t
     *table = q;
     *scales = s;
     for (ptrdiff_t i = 0; t != NULL && q != NULL && i < rows; i++) {
-        convert(t, i * columns, columns, w->staging);
+        convert(t, i, 1, columns, w->staging);
         s[i] = quantize_row(columns, w->staging, q + i * columns);
     }
+    if (t != NULL && q != NULL)
+        let_go(t);
 }
 
 static fb_norm norm(walk *w, const char *prefix, ptrdiff_t n)
@@ -222,10 +280,10 @@ static fb_norm norm(walk *w, const char *prefix, ptrdiff_t n)
     return r;
 }
 
-/* `parts` linear layers of [out][in] stacked into one of [parts * out][in]. A missing bias is an error unless optional.
- */
+/* `parts` linear layers of [out][in] stacked into one of [parts * out][in], in int8 `mixed` or not. A missing bias is an
+ * error unless optional. */
 static fb_linear linear(walk *w, const char *prefix, const char *const *names, int parts, ptrdiff_t out, ptrdiff_t in,
-                        fb_precision precision, int bias_optional)
+                        fb_precision precision, int mixed, int bias_optional)
 {
     char name[160];
     const ptrdiff_t n = parts * out;
@@ -241,8 +299,10 @@ static fb_linear linear(walk *w, const char *prefix, const char *const *names, i
     for (int part = 0; part < parts; part++) {
         snprintf(name, sizeof name, "%s%s.weight", prefix, names[part]);
         const fb_tensor *t = expect(w, name, out, in);
-        if (t != NULL && w->block != NULL)
-            convert(t, 0, out * in, w->staging + part * out * in);
+        if (t != NULL && w->block != NULL) {
+            convert(t, 0, out, in, w->staging + part * out * in);
+            let_go(t);
+        }
         snprintf(name, sizeof name, "%s%s.bias", prefix, names[part]);
         if (bias_optional && find(w, name) == NULL)
             continue;
@@ -250,7 +310,7 @@ static fb_linear linear(walk *w, const char *prefix, const char *const *names, i
         if (part == 0)
             r.bias = bias = take(w, (size_t)n * sizeof *bias);
         if (t != NULL && w->block != NULL)
-            convert(t, 0, out, bias + part * out);
+            convert(t, 0, 1, out, bias + part * out);
     }
     if (w->status != FB_OK || w->block == NULL)
         return r;
@@ -258,8 +318,9 @@ static fb_linear linear(walk *w, const char *prefix, const char *const *names, i
         w->kernels->gemm_f32->pack(n, in, w->staging, in, 1, (void *)r.packed);
         return r;
     }
-    const float gain = fb_mix_gain(in);
-    w->kernels->mix_f32(n, in, w->staging, in, w->staging, in);
+    const float gain = mixed ? fb_mix_gain(in) : 1.0f;
+    if (mixed)
+        w->kernels->mix_f32(n, in, w->staging, in, w->staging, in);
     for (ptrdiff_t j = 0; j < n; j++)
         w->scales[j] = quantize_row(in, w->staging + j * in, w->staging_s8 + j * in) / gain;
     w->kernels->gemm_s8->pack(n, in, w->staging_s8, in, w->scales, (void *)r.packed);
@@ -284,25 +345,26 @@ static void walk_model(walk *w, const fb_config *c, ptrdiff_t pooled_dim, fb_wei
     for (int i = 0; i < c->num_hidden_layers && w->status == FB_OK; i++) {
         fb_layer *layer = &out->layers[i];
 #define FB_PREFIX(rest) (snprintf(prefix, sizeof prefix, "encoder.layer.%d." rest, i), prefix)
-        layer->qkv = linear(w, FB_PREFIX("attention.self."), qkv, 3, hidden, hidden, c->precision, 0);
+        layer->qkv = linear(w, FB_PREFIX("attention.self."), qkv, 3, hidden, hidden, c->precision, 1, 0);
         layer->attention_output =
-            linear(w, FB_PREFIX("attention.output.dense"), itself, 1, hidden, hidden, c->precision, 0);
+            linear(w, FB_PREFIX("attention.output.dense"), itself, 1, hidden, hidden, c->precision, 0, 0);
         layer->attention_norm = norm(w, FB_PREFIX("attention.output.LayerNorm"), hidden);
         layer->intermediate =
-            linear(w, FB_PREFIX("intermediate.dense"), itself, 1, c->intermediate_size, hidden, c->precision, 0);
-        layer->output = linear(w, FB_PREFIX("output.dense"), itself, 1, hidden, c->intermediate_size, c->precision, 0);
+            linear(w, FB_PREFIX("intermediate.dense"), itself, 1, c->intermediate_size, hidden, c->precision, 1, 0);
+        layer->output =
+            linear(w, FB_PREFIX("output.dense"), itself, 1, hidden, c->intermediate_size, c->precision, 1, 0);
         layer->output_norm = norm(w, FB_PREFIX("output.LayerNorm"), hidden);
 #undef FB_PREFIX
     }
     memset(&out->pooler, 0, sizeof out->pooler);
     if (find(w, "pooler.dense.weight") != NULL)
-        out->pooler = linear(w, "pooler.dense", itself, 1, hidden, hidden, FB_FP32, 0);
+        out->pooler = linear(w, "pooler.dense", itself, 1, hidden, hidden, FB_FP32, 0, 0);
     for (int i = 0; i < c->num_dense && w->status == FB_OK; i++) {
         snprintf(prefix, sizeof prefix, "dense.%d.weight", i);
         const fb_tensor *t = find(w, prefix);
         const ptrdiff_t dim = t != NULL && t->rank == 2 && t->shape[0] > 0 ? (ptrdiff_t)t->shape[0] : 1;
         snprintf(prefix, sizeof prefix, "dense.%d", i);
-        out->dense[i] = linear(w, prefix, itself, 1, dim, pooled_dim, FB_FP32, 1);
+        out->dense[i] = linear(w, prefix, itself, 1, dim, pooled_dim, FB_FP32, 0, 1);
         pooled_dim = dim;
     }
 }

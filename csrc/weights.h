@@ -7,8 +7,8 @@
 
 #include "kernels.h"
 
-/* A linear layer y = act(x W^T + bias), W [out][in] packed by the kernel set's gemm_f32, or mixed (mix_f32), quantised per
- * row of W and packed by its gemm_s8. */
+/* A linear layer y = act(x W^T + bias), W [out][in] packed by the kernel set's gemm_f32, or quantised per row of W and
+ * packed by its gemm_s8; all but attention_output are mixed (mix_f32) before that. */
 typedef struct fb_linear {
     ptrdiff_t out, in;
     fb_precision precision;

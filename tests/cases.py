@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbert._kernels import KC, KernelSet, k8
+from fastbert._kernels import CHAIN, KernelSet, k8
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -345,14 +345,14 @@ class GemmF32(Linear):
         """A chain, the sum of the blocks and the bias."""
         magnitude = np.abs(operands["a"]).astype(np.float64) @ np.abs(operands["w"]).T.astype(np.float64)
         magnitude += np.abs(operands.get("bias", 0.0))
-        return (min(self.k, KC) + -(-self.k // KC) + 2) * (U * magnitude + TINY)
+        return (min(self.k, CHAIN) + -(-self.k // CHAIN) + 2) * (U * magnitude + TINY)
 
     def sum_bits(self, operands: Operands) -> F32:
         a, w = operands["a"], operands["w"]
         total = np.zeros(self.out_shape(), np.float32)
-        for begin in range(0, self.k, KC):
+        for begin in range(0, self.k, CHAIN):
             block = np.zeros_like(total)
-            for p in range(begin, min(begin + KC, self.k)):
+            for p in range(begin, min(begin + CHAIN, self.k)):
                 block = fma(a[:, p, None], w[None, :, p], block)
             total = total + block if begin else block
         return total + operands.get("bias", np.float32(0))
@@ -570,7 +570,7 @@ class LayerNormF32:
 class MixF32:
     """out [rows][n] = M x; inplace: out is x.
 
-    M is the Kronecker product of 16-lane identity, Hadamard matrix and reflection: truth and bound are made from that
+    M is the Kronecker product of 8-lane identity, Hadamard matrix and reflection: truth and bound are made from that
     matrix, bits from the order of additions.
     """
 
@@ -596,15 +596,15 @@ class MixF32:
         return lambda repeat: kernels.mix_f32(x, out, repeat)
 
     def sizes(self) -> tuple[int, int, bool]:
-        """Lanes of a vector, vectors of a butterfly, whether three runs of that are reflected; (1, 1, False): M = I."""
-        vectors = self.n // 16
-        if vectors == 0 or self.n % 16:
+        """Lanes of an octet, octets of a butterfly, whether three runs of that are reflected; (1, 1, False): M = I."""
+        octets = self.n // 8
+        if octets == 0 or self.n % 16:
             return 1, 1, False
-        butterfly = min(vectors & -vectors, 64)
-        return 16, butterfly, vectors % (3 * butterfly) == 0
+        butterfly = min(octets & -octets, 128)
+        return 8, butterfly, octets % (3 * butterfly) == 0
 
     def matrix(self) -> F64:
-        """What M does to vectors of lanes [n / lanes][n / lanes]."""
+        """What M does to octets of lanes [n / lanes][n / lanes]."""
         lanes, butterfly, threes = self.sizes()
         m = np.ones((1, 1))
         while len(m) < butterfly:
@@ -614,7 +614,7 @@ class MixF32:
         return np.kron(np.eye(self.n // lanes // len(m)), m)
 
     def mixed(self, m: F64, x: NDArray[np.floating]) -> F64:
-        """m applied to the vectors of each row."""
+        """m applied to the octets of each row."""
         return (m @ x.astype(np.float64).reshape(self.rows, len(m), self.sizes()[0])).reshape(self.out_shape())
 
     def truth(self, operands: Operands) -> F64:
@@ -667,8 +667,7 @@ class MixF32:
 class QuantizeU8:
     """out [rows][k8(k) + 2] = q, zero, scale of x [rows][k]: copies of what the kernel writes, in float32.
 
-    truth is q and zero before rounding; bits are exact. Of a row with a NaN or an infinity the contract prescribes the
-    NaN scale alone; there bits are what its formulas give when maxima pass over NaN and NaN counts as 0 in q.
+    truth is q and zero before rounding; bits are exact.
     """
 
     op: ClassVar[str] = "quantize_u8"
@@ -725,14 +724,14 @@ class QuantizeU8:
             high = np.fmax.reduce(x, axis=1, initial=np.float32(0))
             low = np.fmin.reduce(x, axis=1, initial=np.float32(0))
             scale = high / np.float32(255) - low / np.float32(255)
-            used = scale >= np.float32(2.0**-120)
-            inverse = np.where(used, np.float32(1) / scale, np.float32(0))
-            zero = np.rint(-low * inverse)
-            q = np.rint(x * inverse[:, None]) + zero[:, None]
-            q = np.where(np.isnan(q), np.float32(0), np.clip(q, 0, 255))
             finite = np.isfinite(x).all(axis=1)
+            used = finite & (scale >= np.float32(2.0**-120))
+            inverse = np.where(used, np.float32(1) / scale, np.float32(0))
+            zero = np.where(used, np.rint(-low * inverse), np.float32(0))
+            q = np.clip(np.rint(x * inverse[:, None]) + zero[:, None], 0, 255)
+            q = np.where(used[:, None], q, np.float32(0))
             held = np.where(used, scale, np.float32(0))
-            return self._out(q, np.where(finite, zero, 0), np.where(finite, held, np.float32(np.nan)))
+            return self._out(q, zero, np.where(finite, held, np.float32(np.nan)))
 
     def wrong(self, operands: Operands) -> Iterator[tuple[str, F64]]:
         if self.rows * self.k == 0:

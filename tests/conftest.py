@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from zlib import crc32
 
 import pytest
 from hypothesis import settings
@@ -19,11 +20,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastbert")
     group.addoption("--seed", type=int, default=1, help="seed of the random operands of the kernel tests (default 1)")
     group.addoption("--require-isa", metavar="NAME[,NAME]", help="fail unless kernel tests passed on these kernel sets")
+    group.addoption("--sample", metavar="P/N", help="of the cases of the kernel tests run part P of N (for emulators)")
     group.addoption("--exhaustive", action="store_true", help="activations on all 2^32 float32: minutes for each")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "memory: measures the memory of the process, which a sanitizer distorts")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """--sample: parametrised kernel tests by lot, the same for every run."""
+    if sample := config.getoption("--sample"):
+        part, parts = map(int, sample.split("/"))
+        cases = [item for item in items if item.path.stem == "test_kernels" and "[" in item.name]
+        left_out = {item for item in cases if crc32(item.name.encode()) % parts != part % parts}
+        config.hook.pytest_deselected(items=list(left_out))
+        items[:] = [item for item in items if item not in left_out]
 
 
 def pytest_report_header(config: pytest.Config) -> str:

@@ -12,6 +12,7 @@ attention were uniform.
 
 import json
 import math
+import re
 import string
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +21,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from tests import formats
+from tests.formats import write_safetensors as write_safetensors  # for the tests
 
 Weights = dict[str, NDArray[np.float32]]
 
@@ -215,23 +219,6 @@ def _decode(dtype: str, x: NDArray[Any]) -> NDArray[np.float32]:
     return (x.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else x.astype(np.float32)
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, tuple[str, NDArray[Any]]]) -> None:
-    """Writes {name: (dtype, array)} in the reference writer's order: widest type first, then by name."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    order = sorted(tensors, key=lambda name: (-tensors[name][1].itemsize, name))
-    end = 0
-    for name in order:
-        dtype, array = tensors[name]
-        header[name] = {"dtype": dtype, "shape": array.shape, "data_offsets": (end, end + array.nbytes)}
-        end += array.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            file.write(tensors[name][1].tobytes())
-
-
 def read_safetensors(path: Path) -> dict[str, NDArray[Any]]:
     """The F32 and I64 tensors of a trusted file: the tests' own reader, to check the strict one against."""
     data = path.read_bytes()
@@ -306,6 +293,40 @@ def _write_sentence(folder: Path, sentence: Sentence, hidden: int, weights: Weig
         _write_json(folder / "sentence_bert_config.json", content)
 
 
+def random_heads(config: Mapping[str, Any], seed: int, dtype: str) -> Weights:
+    """The tensors of the two heads of pre-training, but for the decoder: cls.*."""
+    hidden = config["hidden_size"]
+    shapes = {
+        "cls.predictions.bias": (config["vocab_size"],),
+        "cls.predictions.transform.dense.weight": (hidden, hidden),
+        "cls.predictions.transform.dense.bias": (hidden,),
+        "cls.predictions.transform.LayerNorm.weight": (hidden,),
+        "cls.predictions.transform.LayerNorm.bias": (hidden,),
+        "cls.seq_relationship.weight": (2, hidden),
+        "cls.seq_relationship.bias": (2,),
+    }
+    values = {name: _normal(name, seed, shape).astype(np.float32) for name, shape in shapes.items()}
+    return {name: _decode(dtype, _encode(dtype, w)) for name, w in values.items()}
+
+
+def _write_google(prefix: Path, tensors: formats.Tensors) -> None:
+    """A checkpoint as google-research/bert writes it: its names, kernels [in, out]."""
+    theirs = {}
+    for name, (dtype, array) in tensors.items():
+        name, transposed = formats.tensorflow_name(name)
+        theirs[name] = dtype, np.ascontiguousarray(array.T) if transposed else array
+    formats.write_tensorflow(prefix, theirs)
+
+
+# format of write_model -> file, writer
+FORMATS = {
+    "safetensors": ("model.safetensors", formats.write_safetensors),
+    "pytorch": ("pytorch_model.bin", formats.write_pytorch),
+    "pytorch_legacy": ("pytorch_model.bin", formats.write_pytorch_legacy),
+    "tensorflow": ("bert_model.ckpt", _write_google),
+}
+
+
 def write_model(
     folder: Path,
     *,
@@ -315,9 +336,12 @@ def write_model(
     gamma_beta: bool = False,
     sharded: bool = False,
     pooler: bool = True,
+    heads: bool = False,
+    format: str = "safetensors",
     tokenizer: str | None = "vocab",
     vocabulary: Sequence[str] = VOCABULARY,
     sentence: Sentence | None = None,
+    model: Model | None = None,
     **config: Any,
 ) -> Model:
     """Write a Hugging Face BERT folder with random weights, and return the model as the files hold it.
@@ -335,45 +359,60 @@ def write_model(
     gamma_beta : bool
         LayerNorm.gamma and LayerNorm.beta, the TensorFlow spelling that google-bert/bert-base-uncased keeps.
     sharded : bool
-        Two files and model.safetensors.index.json instead of model.safetensors.
+        Two files and an index instead of one file.
     pooler : bool
         Whether the checkpoint has pooler.dense.*.
+    heads : bool
+        The two heads of pre-training as well, cls.*. The decoder is the table of word embeddings: a PyTorch file has it
+        again, in the same storage, the others not.
+    format : key of FORMATS
+        Of the weights. "tensorflow" is google-research/bert's folder: bert_config.json, bert_model.ckpt.*, vocab.txt.
     tokenizer : "vocab", "json" or None
         vocab.txt alone, tokenizer.json alone (needs the package ``tokenizers``), or neither.
     vocabulary : sequence of str
         Word pieces in the order of their ids; vocab_size defaults to their number.
     sentence : Sentence or None
         Adds modules.json and what it refers to, in the layout of all-MiniLM-L6-v2.
+    model : Model or None
+        What an earlier call with the same arguments but for the form of the files returned: saves time.
     **config
         Keys of config.json, as in bert_config: hidden_size=..., hidden_act="gelu_new", model_type=None.
     """
     config = bert_config(**({"vocab_size": len(vocabulary)} | config))
-    model = random_model(seed=seed, sentence=sentence, dtype=dtype, pooler=pooler, **config)
+    model = model or random_model(seed=seed, sentence=sentence, dtype=dtype, pooler=pooler, **config)
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / "config.json", config)
 
-    tensors = {}
-    for name, w in model.weights.items():
-        if name.startswith("dense."):
-            continue
-        if gamma_beta:
-            name = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
-        tensors[prefix + name] = dtype, _encode(dtype, w)
-    positions = np.arange(config["max_position_embeddings"], dtype=np.int64)[None]
-    tensors[f"{prefix}embeddings.position_ids"] = "I64", positions  # a buffer that many real files carry
+    weights = {name: w for name, w in model.weights.items() if not name.startswith("dense.")}
+    tensors = {f"{prefix}{name}": (dtype, _encode(dtype, w)) for name, w in weights.items()}
+    if heads:
+        random = random_heads(config, seed, dtype)
+        tensors |= {name: (dtype, _encode(dtype, w)) for name, w in random.items()}
+    if gamma_beta:
+        old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+        tensors = {re.sub("|".join(old), lambda m: old[m[0]], name): tensor for name, tensor in tensors.items()}
+    if format == "tensorflow":
+        (folder / "config.json").rename(folder / "bert_config.json")
+    else:
+        positions = np.arange(config["max_position_embeddings"], dtype=np.int64)[None]
+        tensors[f"{prefix}embeddings.position_ids"] = "I64", positions  # a buffer that many real files carry
+    if heads and format.startswith("pytorch"):
+        tensors["cls.predictions.decoder.weight"] = tensors[f"{prefix}embeddings.word_embeddings.weight"]
 
+    file, write = FORMATS[format]
     if sharded:
+        stem, _, suffix = file.partition(".")
         names = sorted(tensors)
-        halves = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
-        for file, part in halves.items():
-            write_safetensors(folder / file, {name: tensors[name] for name in part})
+        halves = {f"{stem}-00001-of-00002.{suffix}": names[::2], f"{stem}-00002-of-00002.{suffix}": names[1::2]}
+        for part_file, part in halves.items():
+            write(folder / part_file, {name: tensors[name] for name in part})
         index = {
             "metadata": {"total_size": sum(array.nbytes for _, array in tensors.values())},
-            "weight_map": {name: file for file, part in halves.items() for name in part},
+            "weight_map": {name: part_file for part_file, part in halves.items() for name in part},
         }
-        _write_json(folder / "model.safetensors.index.json", index)
+        _write_json(folder / f"{file}.index.json", index)
     else:
-        write_safetensors(folder / "model.safetensors", tensors)
+        write(folder / file, tensors)
 
     if tokenizer:
         _write_tokenizer(folder, tokenizer, vocabulary)

@@ -73,8 +73,8 @@ def layer_norm(x: Array, gamma: Array, beta: Array, eps: float) -> Array:
 
 
 def mix_run(n: int) -> int:
-    """B of mix_f32: how many vectors of 16 a butterfly joins. M M = B I."""
-    return 1 if n % 16 else min(64, (n // 16) & -(n // 16))
+    """B of mix_f32: how many octets a butterfly joins. M M = B I."""
+    return 1 if n % 16 else min(128, (n // 8) & -(n // 8))
 
 
 def mix(x: NDArray[Any]) -> NDArray[Any]:
@@ -82,11 +82,11 @@ def mix(x: NDArray[Any]) -> NDArray[Any]:
     n, run = x.shape[1], mix_run(x.shape[1])
     stride = 1
     while stride < run:
-        y = x.reshape(len(x), -1, 2, stride * 16)
+        y = x.reshape(len(x), -1, 2, stride * 8)
         x = np.stack([y[:, :, 0] + y[:, :, 1], y[:, :, 0] - y[:, :, 1]], axis=2).reshape(-1, n)
         stride *= 2
-    if n % (48 * run) == 0:
-        y = x.reshape(len(x), -1, 3, run * 16)
+    if run > 1 and n % (24 * run) == 0:
+        y = x.reshape(len(x), -1, 3, run * 8)
         x = (y - (y[:, :, :1] + y[:, :, 1:2] + y[:, :, 2:]) * (2 / x.dtype.type(3))).reshape(-1, n)
     return x
 
@@ -114,6 +114,8 @@ def quantize_weights(weights: Weights) -> Weights:
     def quantized(name: str, w: NDArray[Any]) -> NDArray[Any]:
         if name == "embeddings.word_embeddings.weight":
             return quantize_rows(w)
+        if name.endswith("attention.output.dense.weight"):
+            return quantize_rows(w)  # the one that is not mixed
         if name.startswith("encoder.") and w.ndim == 2:
             return quantize_rows(mix(w)) / mix_run(w.shape[1])
         return w
@@ -133,7 +135,7 @@ def encode(config: Mapping[str, Any], weights: Weights, ids: NDArray[Any], type_
 
     def linear(name: str, x: Array) -> Array:
         if int8:
-            x = quantize_tokens(mix(x))
+            x = quantize_tokens(x if name.endswith("attention.output.dense") else mix(x))
         return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
 
     def norm(name: str, x: Array) -> Array:

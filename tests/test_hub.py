@@ -212,7 +212,7 @@ def test_missing_path_object_is_no_hub_id() -> None:
 def test_file(tmp_path: Path) -> None:
     path = tmp_path / "model.bin"
     path.touch()
-    with pytest.raises(NotADirectoryError, match=f"{path}: expected a folder with a model, got a file"):
+    with pytest.raises(NotADirectoryError, match=f"{path}: expected a folder with a model, a zip .*, got another file"):
         resolve(path)
 
 
@@ -290,14 +290,33 @@ def test_token(machine: Machine, hub: Hub) -> None:
     assert {token for _, path, token in hub.asked if MODEL in path} == {"Bearer hf_secret"}
 
 
-def test_only_other_weights(machine: Machine, hub: Hub) -> None:
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"pytorch_model.bin"},
+        {"pytorch_model.bin.index.json", "pytorch_model-00001-of-00001.bin"},
+        {"bert_model.ckpt.index", "bert_model.ckpt.data-00000-of-00001"},
+    ],
+)
+def test_weights_in_other_formats(machine: Machine, hub: Hub, files: set[str]) -> None:
+    """The first format that is there, and no other."""
     del hub.files["model.safetensors"]
-    hub.files["pytorch_model.bin"] = b"gigabytes"
+    hub.files |= dict.fromkeys(files, b"weights")
+    wanted = dict(hub.files)
+    hub.files |= dict.fromkeys(["bert_model.ckpt.index", "tf_model.h5"] if "pytorch" in min(files) else ["tf.h5"], b"-")
+    folder = machine.resolve(MODEL, hub)["folder"]
+    assert content(folder) == wanted
+    assert machine.resolve(MODEL, local_files_only=True, block=True)["folder"] == folder
+
+
+def test_only_weights_that_are_not_read(machine: Machine, hub: Hub) -> None:
+    del hub.files["model.safetensors"]
+    hub.files["tf_model.h5"] = b"gigabytes"
     answer = machine.resolve(MODEL, hub)
     assert answer["error"] == "FileNotFoundError"
-    assert answer["text"].startswith(f"{MODEL}: expected model.safetensors on the hub")
-    assert "pytorch_model.bin" in answer["text"]
-    assert "pytorch_model.bin" not in hub.downloads()
+    assert answer["text"].startswith(f"{MODEL}: expected weights on the hub (model.safetensors, pytorch_model.bin, ")
+    assert "tf_model.h5" in answer["text"]
+    assert "tf_model.h5" not in hub.downloads()
 
 
 # ---- the default model ----

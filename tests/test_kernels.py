@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fastbert._kernels import ACTS, KC, STRIP, KernelSet, kernel_sets, mix_gain
+from fastbert._kernels import ACTS, CHAIN, STRIP, KernelSet, kernel_sets, mix_gain
 from tests.cases import (
     ACTIVATIONS,
     F32,
@@ -170,7 +170,7 @@ def fused(shapes: list[tuple[int, int, int]], op: type[Linear]) -> list[Linear]:
 
 def gemm_f32_cases() -> list[Linear]:
     rows, columns = tile_edges([kernels.gemm_f32_name for kernels in SUPPORTED])
-    depths = [0, 1, 2, 19, *around(KC, 2 * KC)]
+    depths = [0, 1, 2, 19, *around(CHAIN, 2 * CHAIN, 3 * CHAIN, 4 * CHAIN)]
     shapes = [
         *((m, n, 23) for m, n in product(rows, columns)),
         *((5, n, k) for n, k in product(columns, depths)),
@@ -216,7 +216,7 @@ CASES: list[Case] = [
     *(QuantizeU8(4, k) for k in [*range(71), 127, 128, 129, 312, 384, 768, 1021, 3072]),
 ]
 SMALL = [
-    *(GemmF32(m, n, k, act, True, True) for act in ACTS for m, n, k in [(13, 37, 19), (7, 130, KC + 3)]),
+    *(GemmF32(m, n, k, act, True, True) for act in ACTS for m, n, k in [(13, 37, 19), (7, 130, CHAIN + 3)]),
     *(SoftmaxF32(5, n) for n in (1, 16, 37)),
     *(LayerNormF32(5, n, 1e-5) for n in (1, 16, 37)),
     *(GemmS8(m, n, k, act, True, True) for act in ACTS for m, n, k in [(13, 37, 19), (7, 130, 131)]),
@@ -317,7 +317,7 @@ def test_rows_do_not_depend_on_the_batch(kernels: KernelSet, case: Case, seed: i
         assert bits(alone) == bits(whole[begin:end]), f"rows {begin}..{end}"
 
 
-@pytest.mark.parametrize("m, n, k", [(1, 161, 40), (13, 161, KC + 3), (5, 768, 64), (3, 40, 0)])
+@pytest.mark.parametrize("m, n, k", [(1, 161, 40), (13, 161, CHAIN + 3), (5, 768, 64), (3, 40, 0)])
 @pytest.mark.parametrize("op", [GemmF32, GemmS8], ids=lambda op: op.op)
 def test_strips_of_columns(kernels: KernelSet, op: type[Linear], m: int, n: int, k: int, seed: int) -> None:
     case = op(m, n, k, "gelu", True, True)
@@ -334,7 +334,7 @@ def test_strips_of_columns(kernels: KernelSet, op: type[Linear], m: int, n: int,
 
 
 @pytest.mark.parametrize("n", [1, 15, 16, 17, 37, 64])
-@pytest.mark.parametrize("k", [0, 1, 15, 16, 17, 33, KC + 3])
+@pytest.mark.parametrize("k", [0, 1, 15, 16, 17, 33, CHAIN + 3])
 def test_pack_strides(kernels: KernelSet, n: int, k: int, seed: int) -> None:
     """W, W with wide rows and W stored as its transpose are packed alike."""
     w = np.random.default_rng([seed, n, k]).standard_normal((n, k)).astype(np.float32)

@@ -25,6 +25,7 @@ C_ARROWS = {
     "pooling": "fastbert",
     "dispatch": "isa cpu kernels error",
     "weights": "kernels error",
+    "crc32c": "",
     "bert": "weights pooling threads dispatch error fastbert",
 }
 KERNEL_ARROWS = {
@@ -39,16 +40,21 @@ PYTHON_ARROWS = {
     "cli": "_core benchmark encoder",
     "benchmark": "encoder",
     "encoder": "_core checkpoint sentence tokenizer hub",
-    "sentence": "checkpoint safetensors files",
-    "checkpoint": "safetensors files",
-    "safetensors": "files",
+    "sentence": "checkpoint tensors files",
+    "checkpoint": "families safetensors pytorch_bin tensorflow_ckpt tensors files",
+    "families": "",
+    "safetensors": "tensors files",
+    "pytorch_bin": "archive tensors files",
+    "tensorflow_ckpt": "_core tensors files",
+    "tensors": "",
     "tokenizer": "files",
-    "hub": "",
+    "hub": "archive",
+    "archive": "files",
     "files": "",
 }
 DEPENDENCIES = {"numpy", "tokenizers", "huggingface_hub", "tqdm"}
 
-PYX_ARROWS = {"_core": "Python fastbert dispatch", "_kernels": "fastbert kernels dispatch threads"}
+PYX_ARROWS = {"_core": "Python fastbert dispatch crc32c", "_kernels": "fastbert kernels dispatch threads"}
 
 
 def c_files(folder: Path = CSRC) -> list[Path]:

@@ -286,6 +286,19 @@ def test_tokenizer_config(folder: Path, config: dict[str, Any], text: str, expec
     assert (got[0] == "dog") == ("cls_token" in config)
 
 
+def test_case_of_a_google_research_model(folder: Path) -> None:
+    """Its folder says nothing but what the vocabulary shows; a Hugging Face folder says it in tokenizer_config.json."""
+    (folder / "bert_config.json").touch()
+    assert tokens(load(folder), "The") == ["the"]
+    write_vocabulary(folder, [*VOCABULARY, "The"])
+    assert tokens(load(folder, vocab_size=len(VOCABULARY) + 1), "The") == ["The"]
+    write_json(folder / "tokenizer_config.json", {"do_lower_case": True})
+    assert tokens(load(folder, vocab_size=len(VOCABULARY) + 1), "The") == ["the"]
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "config.json").touch()
+    assert tokens(load(folder, vocab_size=len(VOCABULARY) + 1), "The") == ["the"]
+
+
 def test_special_tokens_map_has_the_last_word(folder: Path) -> None:
     write_json(folder / "tokenizer_config.json", {"sep_token": "cat"})
     write_json(folder / "special_tokens_map.json", {"sep_token": "dog"})

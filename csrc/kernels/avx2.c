@@ -18,36 +18,30 @@
 static const int fb_gemm_strips[FB_GEMM_MR + 1] = {0, 4, 2, 2, 1, 1, 1};
 #include "gemm_f32.inc.h"
 
-/* Exact without VNNI. vpmaddubsw adds two products in 16 bits, which overflows for 255 * 127 * 2. So a is taken as a - 128,
- * in -128 .. 127, its size as the unsigned factor, its sign moved to w, in -127 .. 127: 2 * 128 * 127 = 32512 fits. */
-typedef struct {
-    __m256i size, sign;
-} vrow;
-static inline vrow vi_row(const uint8_t *p)
+/* Exact without VNNI: 16-bit operands. vpmaddwd takes 16 products, twice what a float32 multiply-add does, and vpaddd may
+ * go to a third port; bytes by vpmaddubsw, exactly, cost more (csrc/README.md, Int8). */
+typedef __m256i vrow;
+static inline vrow vi_row(const int16_t *p)
 {
-    int32_t four;
-    memcpy(&four, p, sizeof four);
-    const __m256i a = _mm256_xor_si256(_mm256_set1_epi32(four), _mm256_set1_epi8(-128));
-    return (vrow){_mm256_abs_epi8(a), a};
-}
-static inline __m256i dot_half(__m256i acc, vrow row, __m256i w)
-{
-    const __m256i pairs = _mm256_maddubs_epi16(row.size, _mm256_sign_epi8(w, row.sign));
-    return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    int32_t two;
+    memcpy(&two, p, sizeof two);
+    return _mm256_set1_epi32(two);
 }
 static inline vi vi_dot(vi acc, vrow row, vi w)
 {
-    return FB_BOTH_I(dot_half(acc.lo, row, w.lo), dot_half(acc.hi, row, w.hi));
+    return FB_BOTH_I(_mm256_add_epi32(acc.lo, _mm256_madd_epi16(row, w.lo)),
+                     _mm256_add_epi32(acc.hi, _mm256_madd_epi16(row, w.hi)));
 }
-#define FB_A_SHIFT 128
-#define FB_S8_MR 4
-#define FB_S8_TILES(X) X(1, 1) X(1, 2) X(1, 3) X(1, 4) X(2, 1) X(2, 2) X(3, 1) X(4, 1)
-static const int fb_s8_strips[FB_S8_MR + 1] = {0, 4, 2, 1, 1};
+#define FB_S8_DEPTH 2
+#define FB_A_SHIFT 0
+#define FB_S8_MR 6
+#define FB_S8_TILES(X) X(1, 1) X(1, 2) X(1, 3) X(1, 4) X(2, 1) X(2, 2) X(3, 1) X(3, 2) X(4, 1) X(5, 1) X(6, 1)
+static const int fb_s8_strips[FB_S8_MR + 1] = {0, 4, 2, 2, 1, 1, 1};
 #include "gemm_s8.inc.h"
 
 static const fb_gemm_f32 gemm_f32 = {"gemm_f32_6x16_avx2", packed_bytes_avx2, pack_avx2, gemm_f32_avx2};
 
-static const fb_gemm_s8 gemm_s8 = {"gemm_s8_4x16_avx2", s8_packed_bytes_avx2, s8_pack_avx2, gemm_s8_avx2};
+static const fb_gemm_s8 gemm_s8 = {"gemm_s8_6x16_avx2", s8_packed_bytes_avx2, s8_pack_avx2, gemm_s8_avx2};
 
 const fb_kernels fb_kernels_avx2 = {
     .isa = "avx2",

@@ -20,25 +20,18 @@
 static const int fb_gemm_strips[FB_GEMM_MR + 1] = {0, 8, 8, 8, 4, 4, 4, 3, 3};
 #include "gemm_f32.inc.h"
 
-/* Exact without VNNI as in avx2.c; vpsignb has no 512-bit form: w is negated under a mask of the signs of a. */
-typedef struct {
-    __m512i size;
-    __mmask64 negative;
-} vrow;
-static inline vrow vi_row(const uint8_t *p)
+/* Exact without VNNI: 16-bit operands. vpmaddwd and vpaddd are two operations for 32 products a lane pair, as many as two
+ * float32 multiply-adds; bytes by vpmaddubsw, exactly, cost more (csrc/README.md, Int8). */
+typedef __m512i vrow;
+static inline vrow vi_row(const int16_t *p)
 {
-    int32_t four;
-    memcpy(&four, p, sizeof four);
-    const __m512i a = _mm512_xor_si512(_mm512_set1_epi32(four), _mm512_set1_epi8(-128));
-    return (vrow){_mm512_abs_epi8(a), _mm512_movepi8_mask(a)};
+    int32_t two;
+    memcpy(&two, p, sizeof two);
+    return _mm512_set1_epi32(two);
 }
-static inline vi vi_dot(vi acc, vrow row, vi w)
-{
-    const __m512i signed_w = _mm512_mask_sub_epi8(w, row.negative, _mm512_setzero_si512(), w);
-    const __m512i pairs = _mm512_maddubs_epi16(row.size, signed_w);
-    return _mm512_add_epi32(acc, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
-}
-#define FB_A_SHIFT 128
+static inline vi vi_dot(vi acc, vrow row, vi w) { return _mm512_add_epi32(acc, _mm512_madd_epi16(row, w)); }
+#define FB_S8_DEPTH 2
+#define FB_A_SHIFT 0
 #define FB_S8_MR 8
 #define FB_S8_TILES FB_TILES_8X48
 static const int fb_s8_strips[FB_S8_MR + 1] = {0, 8, 8, 8, 4, 4, 4, 3, 3};

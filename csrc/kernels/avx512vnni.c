@@ -21,6 +21,7 @@ static inline vrow vi_row(const uint8_t *p)
     return _mm512_set1_epi32(four);
 }
 static inline vi vi_dot(vi acc, vrow row, vi w) { return _mm512_dpbusd_epi32(acc, row, w); }
+#define FB_S8_DEPTH 4
 #define FB_A_SHIFT 0
 #define FB_S8_MR 8
 #define FB_S8_TILES FB_TILES_8X48

@@ -24,6 +24,7 @@ static inline vi vi_dot(vi acc, vrow row, vi w)
 {
     return FB_BOTH_I(_mm256_dpbusd_epi32(acc.lo, row, w.lo), _mm256_dpbusd_epi32(acc.hi, row, w.hi));
 }
+#define FB_S8_DEPTH 4
 #define FB_A_SHIFT 0
 #define FB_S8_MR 6
 #define FB_S8_TILES(X) X(1, 1) X(1, 2) X(1, 3) X(1, 4) X(2, 1) X(2, 2) X(3, 1) X(3, 2) X(4, 1) X(5, 1) X(6, 1)

@@ -9,21 +9,40 @@
  * Packed W: strips of 16 rows of W (columns of C), k-major, so that one step of k is 16 consecutive floats:
  *     strip 0: p=0: w0 .. w15 | p=1: w0 .. w15 | ...     strip 1: p=0: w16 .. w31 | ...     (last padded with 0)
  *
- * Loops, outermost first: groups of strips | blocks of FB_KC along k | groups of rows. A panel of one group of strips
- * by FB_KC stays in the L1 cache while the rows of A pass by; C holds the sum of the blocks so far. Rows are divided
- * evenly (13 = 7 + 6, not 12 + 1), strips too.
+ * Loops, outermost first: groups of strips | panels of FB_PANEL along k | groups of rows | chains of FB_CHAIN. A panel of
+ * one group of strips stays in the L1 cache while the rows of A pass by; C holds the sum of the panels so far. Rows are
+ * divided evenly (13 = 7 + 6, not 12 + 1), strips too.
  */
 #include "unroll.h"
 
+/* How a row of A is held: va_load(p, steps) takes the next steps of k, FB_A_STEPS or 1; va_fma(a, step, w, acc) is
+ * fma(that step for all lanes, w, acc). A simd_*.h whose multiply-add can pick one lane brings its own. */
+#ifndef FB_A_STEPS
+#define FB_A_STEPS 1
+typedef vf va;
+static inline va va_load(const float *p, int steps) { return (void)steps, v_set1(*p); }
+static inline vf va_fma(va a, int step, vf w, vf acc) { return (void)step, v_fma(a, w, acc); }
+#endif
+
+/* Steps of k in a panel. On a Sapphire Rapids class Xeon 128 and 192 are equal, 256 loses 2 to 5 % where the weights come
+ * from the L3 cache; chains of 64 inside it are as fast as one of 128 (2026-11). */
+enum { FB_PANEL = 2 * FB_CHAIN };
+
+/* Weights come from far: the first FB_AHEAD steps ahead of their use, for the hardware's own prefetch stops at every 4 KB,
+ * and the strips of the next panel one with each of the first groups of rows. One line to a step of k: a burst of them
+ * would fill the line buffers and stop the loop. */
+enum { FB_AHEAD = 32 };
+
 /* One tile of C and what goes into it. */
 typedef struct fb_tile_args {
-    ptrdiff_t k;    /* steps of this block */
+    ptrdiff_t k;    /* steps of this panel */
     const float *a; /* [mr][k], rows lda apart */
     ptrdiff_t lda;
     const float *strip;           /* first step of the first strip */
     ptrdiff_t strip_floats;       /* from one strip to the next */
-    int first_block;              /* C is written; else added to */
-    const float *bias, *residual; /* added when not NULL: with the last block */
+    ptrdiff_t ahead;              /* floats from strip to memory to prefetch, as much as one strip of this panel */
+    int first_panel;              /* C is written; else added to */
+    const float *bias, *residual; /* added when not NULL: with the last panel */
     ptrdiff_t ldr;
     ptrdiff_t last_columns; /* of the last strip: 1 .. 16 */
     float *c;
@@ -32,45 +51,100 @@ typedef struct fb_tile_args {
 
 typedef void fb_tile(const fb_tile_args *t);
 
-/* mr rows by nv strips over one block of k. mr and nv are constants at each call, so acc stays in registers. */
-static inline __attribute__((always_inline)) void fb_tile_any(const int mr, const int nv, const fb_tile_args *t)
+/* acc += the next steps of k, one after the other, in ascending order. */
+static inline __attribute__((always_inline)) void fb_steps(const int mr, const int nv, const int steps, const float *a,
+                                                           ptrdiff_t lda, const float *strip, ptrdiff_t strip_floats,
+                                                           ptrdiff_t ahead, vf acc[FB_GEMM_MR][8])
 {
-    const ptrdiff_t k = t->k, lda = t->lda, strip_floats = t->strip_floats;
-    const float *a = t->a, *strip = t->strip;
-    vf acc[FB_GEMM_MR][8];
+    va x[FB_GEMM_MR];
+    FB_UNROLL
+    for (int s = 0; s < steps; s++) {
+        if (mr > FB_GEMM_MR / 2) { /* fewer rows have no load to spare */
+            __builtin_prefetch(strip + s * 16 + ahead, 0, 2);
+            FB_UNROLL
+            for (int j = 0; j < nv; j++)
+                __builtin_prefetch(strip + j * strip_floats + (s + FB_AHEAD) * 16);
+        }
+        vf w[8];
+        FB_UNROLL
+        for (int j = 0; j < nv; j++)
+            w[j] = v_load(strip + j * strip_floats + s * 16);
+        FB_UNROLL
+        for (int i = 0; i < mr; i++) {
+            if (s == 0)
+                x[i] = va_load(a + i * lda, steps);
+            FB_UNROLL
+            for (int j = 0; j < nv; j++)
+                acc[i][j] = va_fma(x[i], s, w[j], acc[i][j]);
+        }
+    }
+}
+
+static inline __attribute__((always_inline)) void add_rows(const int mr, const int nv, vf acc[FB_GEMM_MR][8],
+                                                           const float *x, ptrdiff_t ldx, ptrdiff_t last_columns)
+{
     FB_UNROLL
     for (int i = 0; i < mr; i++)
         FB_UNROLL
     for (int j = 0; j < nv; j++)
-        acc[i][j] = v_set1(0.0f);
-    for (ptrdiff_t p = 0; p < k; p++) {
-        vf w[8];
-        FB_UNROLL
-        for (int j = 0; j < nv; j++)
-            w[j] = v_load(strip + j * strip_floats + p * 16);
-        FB_UNROLL
-        for (int i = 0; i < mr; i++) {
-            const vf x = v_set1(a[i * lda + p]);
-            FB_UNROLL
-            for (int j = 0; j < nv; j++)
-                acc[i][j] = v_fma(x, w[j], acc[i][j]);
-        }
-    }
+        acc[i][j] = v_add(load_columns(x + i * ldx + j * 16, j == nv - 1 ? last_columns : 16), acc[i][j]);
+}
+
+static inline __attribute__((always_inline)) void finish(const int mr, const int nv, vf acc[FB_GEMM_MR][8],
+                                                         const fb_tile_args *t, ptrdiff_t last_columns)
+{
+    float *const c = t->c;
+    const ptrdiff_t ldc = t->ldc;
+    if (t->bias)
+        add_rows(mr, nv, acc, t->bias, 0, last_columns);
+    if (t->residual)
+        add_rows(mr, nv, acc, t->residual, t->ldr, last_columns);
     FB_UNROLL
     for (int i = 0; i < mr; i++)
         FB_UNROLL
-    for (int j = 0; j < nv; j++) {
-        const ptrdiff_t columns = j == nv - 1 ? t->last_columns : 16;
-        float *c = t->c + i * t->ldc + j * 16;
-        vf x = acc[i][j];
-        if (!t->first_block)
-            x = v_add(load_columns(c, columns), x);
-        if (t->bias)
-            x = v_add(x, load_columns(t->bias + j * 16, columns));
-        if (t->residual)
-            x = v_add(load_columns(t->residual + i * t->ldr + j * 16, columns), x);
-        store_columns(c, x, columns);
+    for (int j = 0; j < nv; j++)
+        store_columns(c + i * ldc + j * 16, acc[i][j], j == nv - 1 ? last_columns : 16);
+}
+
+/* mr rows by nv strips over one panel. mr and nv are constants at each call, so acc stays in registers; between two chains
+ * the sum waits in memory, aligned. */
+static inline __attribute__((always_inline)) void fb_tile_any(const int mr, const int nv, const fb_tile_args *t)
+{
+    const ptrdiff_t k = t->k, lda = t->lda, strip_floats = t->strip_floats, ahead = t->ahead;
+    const float *a = t->a, *strip = t->strip;
+    vf acc[FB_GEMM_MR][8];
+    _Alignas(64) float sums[FB_GEMM_MR][8 * 16];
+    const float *before = t->first_panel ? NULL : t->c;
+    ptrdiff_t ldb = t->ldc;
+    for (ptrdiff_t p = 0;;) {
+        const ptrdiff_t end = k - p < FB_CHAIN ? k : p + FB_CHAIN;
+        FB_UNROLL
+        for (int i = 0; i < mr; i++)
+            FB_UNROLL
+        for (int j = 0; j < nv; j++)
+            acc[i][j] = v_set1(0.0f);
+        for (; p + FB_A_STEPS <= end; p += FB_A_STEPS)
+            fb_steps(mr, nv, FB_A_STEPS, a + p, lda, strip + p * 16, strip_floats, ahead, acc);
+#if FB_A_STEPS > 1
+        for (; p < end; p++)
+            fb_steps(mr, nv, 1, a + p, lda, strip + p * 16, strip_floats, ahead, acc);
+#endif
+        if (before)
+            add_rows(mr, nv, acc, before, ldb, t->last_columns);
+        if (p == k)
+            break;
+        FB_UNROLL
+        for (int i = 0; i < mr; i++)
+            FB_UNROLL
+        for (int j = 0; j < nv; j++)
+            v_store(sums[i] + j * 16, acc[i][j]);
+        before = sums[0];
+        ldb = 8 * 16;
     }
+    if (t->last_columns == 16)
+        finish(mr, nv, acc, t, 16);
+    else
+        finish(mr, nv, acc, t, t->last_columns);
 }
 
 #define FB_TILE(mr, nv)                                                                                                \
@@ -94,16 +168,6 @@ static void activate(fb_act act, ptrdiff_t m, ptrdiff_t n, const float *residual
                 x = v_add(load_columns(residual + i * ldr + j, columns), x);
             store_columns(c + i * ldc + j, x, columns);
         }
-}
-
-/* Asks for one part of the next panel while this one is worked on: the hardware's own prefetch stops at every 4 KB. */
-static inline void prefetch_panel(const float *panel, ptrdiff_t block, ptrdiff_t nv, ptrdiff_t strip_floats,
-                                  ptrdiff_t part, ptrdiff_t parts)
-{
-    const ptrdiff_t end = block * (part + 1) / parts;
-    for (ptrdiff_t j = 0; j < nv; j++)
-        for (ptrdiff_t p = block * part / parts; p < end; p++)
-            __builtin_prefetch(panel + j * strip_floats + p * 16, 0, 2);
 }
 
 static size_t FB_ISA_NAME(packed_bytes)(ptrdiff_t n, ptrdiff_t k)
@@ -150,35 +214,35 @@ static void FB_ISA_NAME(gemm_f32)(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const f
         const ptrdiff_t s = strips * g / strip_groups, s_end = strips * (g + 1) / strip_groups, nv = s_end - s;
         const ptrdiff_t column = s * 16, columns = s_end * 16 <= n ? nv * 16 : n - column;
         const float *strip = (const float *)packed + column * k;
-        ptrdiff_t p = 0, block;
+        ptrdiff_t p = 0, panel;
         do {
-            block = k - p < FB_KC ? k - p : FB_KC;
-            const int last = p + block == k;
-            const float *next = last ? (const float *)packed + s_end * 16 * k : strip + (p + block) * 16;
+            panel = k - p < FB_PANEL ? k - p : FB_PANEL;
+            const int last = p + panel == k;
+            const float *next = last ? (const float *)packed + s_end * 16 * k : strip + (p + panel) * 16;
+            const int more = row_groups > 1 && !(last && s_end == strips);
             const float *bias = last && epilogue->bias ? epilogue->bias + column : NULL;
             for (ptrdiff_t h = 0; h < row_groups; h++) {
                 const ptrdiff_t i = m * h / row_groups, mr = m * (h + 1) / row_groups - i;
                 const float *residual =
                     last && epilogue->residual ? epilogue->residual + i * epilogue->ldr + column : NULL;
-                const fb_tile_args t = {.k = block,
+                const fb_tile_args t = {.k = panel,
                                         .a = a + i * lda + p,
                                         .lda = lda,
                                         .strip = strip + p * 16,
                                         .strip_floats = k * 16,
-                                        .first_block = p == 0,
+                                        .ahead = more && h < nv ? next + h * k * 16 - (strip + p * 16) : 0,
+                                        .first_panel = p == 0,
                                         .bias = bias,
                                         .residual = acts ? NULL : residual,
                                         .ldr = epilogue->ldr,
                                         .last_columns = columns - (nv - 1) * 16,
                                         .c = c + i * ldc + column,
                                         .ldc = ldc};
-                if (row_groups > 1 && !(last && s_end == strips))
-                    prefetch_panel(next, block, nv, k * 16, h, row_groups);
                 tiles[mr][nv](&t);
                 if (last && acts)
                     activate(epilogue->act, mr, columns, residual, epilogue->ldr, t.c, ldc);
             }
-            p += block;
+            p += panel;
         } while (p < k);
     }
 }

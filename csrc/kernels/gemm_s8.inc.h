@@ -1,24 +1,34 @@
 /* gemm_s8.inc.h: the int8 GEMM, written once over the vectors of simd_*.h.
  *
  * A kernel file includes its simd_*.h, activations.inc.h and epilogue.inc.h, then defines
- *   vrow, vi_row(p), vi_dot(acc, row, w), FB_A_SHIFT     the dot product (meaning in simd_scalar.h)
- *   FB_S8_TILES(X), FB_S8_MR, fb_s8_strips               register tiles, as in gemm_f32.inc.h
+ *   FB_A_SHIFT                             its products take a - FB_A_SHIFT for a
+ *   FB_S8_DEPTH                            steps of k of one column that lie together in packed W
+ *   FB_S8_TILES(X), FB_S8_MR, fb_s8_strips register tiles, as in gemm_f32.inc.h
+ * and, for the sums of a tile, either
+ *   vrow, vi_row(p), vi_dot(acc, row, w)   one dot product for 16 columns (meaning in simd_scalar.h): of four bytes with
+ *                                          FB_S8_DEPTH 4, of two int16 with FB_S8_DEPTH 2
+ * or
+ *   FB_S8_SUMS                             a function like s8_sums below.
+ * A file with a GEMM of its own (amx.c) defines FB_A_SHIFT and FB_S8_DEPTH alone, and gets the packing and s8_finish.
  *
- * Packed W: strips of 16 columns of C. A strip is, for every four steps of k, the four bytes of each column in turn (one
- * zmm, two ymm, or one row of an AMX tile); then the sums of its columns, int32 [16]; then their scales, float32 [16]:
+ * Packed W: strips of 16 columns of C. A strip is, for every FB_S8_DEPTH steps of k, so many bytes of each column in turn;
+ * then the sums of its columns, int32 [16]; then their scales, float32 [16]. With a depth of 4, which is one zmm, two ymm,
+ * or one row of an AMX tile:
  *     w0[0..3] w1[0..3] .. w15[0..3] | w0[4..7] .. | .. | sum0 .. sum15 | scale0 .. scale15        K padded with 0
  *
  * A tile runs over the whole of k, its int32 sums in registers, and writes finished float32.
  */
+#include "unroll.h"
 
 typedef struct fb_s8_tile_args {
-    ptrdiff_t k;      /* bytes, a multiple of 4 */
+    ptrdiff_t k;      /* bytes, a multiple of FB_K8 */
     const uint8_t *a; /* [mr][k], rows lda bytes apart */
     ptrdiff_t lda;
     const float *scale_a;  /* [mr] */
     const int32_t *zero;   /* [mr] */
     const int8_t *strip;   /* first step of the first strip */
     ptrdiff_t strip_bytes; /* from one strip to the next */
+    ptrdiff_t ahead;       /* from strip to a strip to be prefetched */
     fb_act act;
     const float *bias, *residual;
     ptrdiff_t ldr;
@@ -27,69 +37,41 @@ typedef struct fb_s8_tile_args {
     ptrdiff_t ldc;
 } fb_s8_tile_args;
 
-typedef void fb_s8_tile(const fb_s8_tile_args *t);
-
-/* From exact sums [mr][8 * 16] to float32, one strip after the other. One function for all tiles: their code stays small. */
-static void s8_finish(ptrdiff_t mr, ptrdiff_t nv, const int32_t *sums, const fb_s8_tile_args *t)
+/* Rows begin .. end - 1 of a tile from exact sums [mr][nv * 16], rows lds apart, to float32, one strip after the other. One
+ * function for all tiles: their code stays small. The activation is a second pass over the tile, in the L1 cache, so that
+ * the first has few branches. */
+static __attribute__((noinline)) void s8_finish(ptrdiff_t begin, ptrdiff_t end, ptrdiff_t nv, const int32_t *sums,
+                                                ptrdiff_t lds, const fb_s8_tile_args *t)
 {
+    const float *residual = t->act == FB_ACT_NONE ? t->residual : NULL;
     for (ptrdiff_t j = 0; j < nv; j++) {
-        const int8_t *end = t->strip + j * t->strip_bytes + t->k * 16;
-        const vi w_sums = vi_load((const int32_t *)end);
-        const vf w_scales = v_load((const float *)(end + 64));
+        const int8_t *after = t->strip + j * t->strip_bytes + t->k * 16;
+        const vi w_sums = vi_load((const int32_t *)after);
+        const vf w_scales = v_load((const float *)(after + 64));
         const ptrdiff_t columns = j == nv - 1 ? t->last_columns : 16;
         const vf bias = t->bias ? load_columns(t->bias + j * 16, columns) : v_set1(0.0f);
-        for (ptrdiff_t i = 0; i < mr; i++) {
+        for (ptrdiff_t i = begin; i < end; i++) {
             const vi shift = vi_mul(w_sums, vi_set1(t->zero[i] - FB_A_SHIFT));
-            const vi exact = vi_sub(vi_load(sums + i * 8 * 16 + j * 16), shift);
-            vf x = v_act(t->act, v_fma(vi_to_f32(exact), v_mul(v_set1(t->scale_a[i]), w_scales), bias));
-            if (t->residual)
-                x = v_add(load_columns(t->residual + i * t->ldr + j * 16, columns), x);
+            const vi exact = vi_sub(vi_load(sums + i * lds + j * 16), shift);
+            vf x = v_fma(vi_to_f32(exact), v_mul(v_set1(t->scale_a[i]), w_scales), bias);
+            if (residual)
+                x = v_add(load_columns(residual + i * t->ldr + j * 16, columns), x);
             store_columns(t->c + i * t->ldc + j * 16, x, columns);
         }
     }
-}
-
-static inline __attribute__((always_inline)) void fb_s8_tile_any(const int mr, const int nv, const fb_s8_tile_args *t)
-{
-    const ptrdiff_t k = t->k, lda = t->lda, strip_bytes = t->strip_bytes;
-    const uint8_t *a = t->a;
-    const int8_t *strip = t->strip;
-    vi acc[FB_S8_MR][8];
-    FB_UNROLL
-    for (int i = 0; i < mr; i++)
-        FB_UNROLL
-    for (int j = 0; j < nv; j++)
-        acc[i][j] = vi_set1(0);
-    for (ptrdiff_t p = 0; p < k; p += 4) {
-        vi w[8];
-        FB_UNROLL
-        for (int j = 0; j < nv; j++)
-            w[j] = vi_load((const int32_t *)(strip + j * strip_bytes + p * 16));
-        FB_UNROLL
-        for (int i = 0; i < mr; i++) {
-            const vrow row = vi_row(a + i * lda + p);
-            FB_UNROLL
-            for (int j = 0; j < nv; j++)
-                acc[i][j] = vi_dot(acc[i][j], row, w[j]);
+    if (t->act == FB_ACT_NONE)
+        return;
+    for (ptrdiff_t j = 0; j < nv; j++) {
+        const ptrdiff_t columns = j == nv - 1 ? t->last_columns : 16;
+        for (ptrdiff_t i = begin; i < end; i++) {
+            float *c = t->c + i * t->ldc + j * 16;
+            vf x = v_act(t->act, load_columns(c, columns));
+            if (t->residual)
+                x = v_add(load_columns(t->residual + i * t->ldr + j * 16, columns), x);
+            store_columns(c, x, columns);
         }
     }
-    _Alignas(64) int32_t sums[FB_S8_MR][8 * 16];
-    FB_UNROLL
-    for (int i = 0; i < mr; i++)
-        FB_UNROLL
-    for (int j = 0; j < nv; j++)
-        vi_store(sums[i] + j * 16, acc[i][j]);
-    s8_finish(mr, nv, &sums[0][0], t);
 }
-
-#define FB_TILE(mr, nv)                                                                                                \
-    static void s8_tile_##mr##x##nv(const fb_s8_tile_args *t) { fb_s8_tile_any(mr, nv, t); }
-FB_S8_TILES(FB_TILE)
-#undef FB_TILE
-
-#define FB_TILE(mr, nv) [mr][nv] = s8_tile_##mr##x##nv,
-static fb_s8_tile *const s8_tiles[FB_S8_MR + 1][8 + 1] = {FB_S8_TILES(FB_TILE)};
-#undef FB_TILE
 
 static inline ptrdiff_t s8_strip_bytes(ptrdiff_t k) { return fb_k8(k) * 16 + 128; }
 
@@ -108,10 +90,10 @@ static void FB_ISA_NAME(s8_pack)(ptrdiff_t n, ptrdiff_t k, const int8_t *w, ptrd
         memset(out, 0, (size_t)s8_strip_bytes(k));
         for (ptrdiff_t j = 0; j < 16 && s + j < n; j++) {
             const int8_t *row = w + (s + j) * ldw;
-            int8_t *column = out + j * 4;
+            int8_t *column = out + j * FB_S8_DEPTH;
             ptrdiff_t p = 0;
-            for (; p + 4 <= k; p += 4, column += 64)
-                memcpy(column, row + p, 4);
+            for (; p + FB_S8_DEPTH <= k; p += FB_S8_DEPTH, column += 16 * FB_S8_DEPTH)
+                memcpy(column, row + p, FB_S8_DEPTH);
             memcpy(column, row + p, (size_t)(k - p));
             int32_t sum = 0;
             for (p = 0; p < k; p++)
@@ -122,18 +104,128 @@ static void FB_ISA_NAME(s8_pack)(ptrdiff_t n, ptrdiff_t k, const int8_t *w, ptrd
     }
 }
 
+#ifdef FB_S8_TILES
+
+#ifndef FB_S8_SUMS
+#define FB_S8_SUMS s8_sums
+
+#if FB_S8_DEPTH == 2
+/* Sets without an exact product of bytes multiply in 16 bits: W is widened as it is loaded, and a tile widens its rows of
+ * A, S8_BLOCK steps at a time, into the L1 cache. */
+enum { S8_BLOCK = 512 };
+typedef int16_t s8_a;
+static inline vi s8_weights(const int8_t *p) { return vi_widen_s8(p); }
+/* Not inlined: called once or a few times a tile, by every one of them. */
+static __attribute__((noinline)) void s8_widen(ptrdiff_t mr, ptrdiff_t k, const uint8_t *a, ptrdiff_t lda,
+                                               int16_t (*wide)[S8_BLOCK])
+{
+    for (ptrdiff_t i = 0; i < mr; i++)
+        for (ptrdiff_t p = 0; p < k; p += 32)
+            vi_store((int32_t *)(wide[i] + p), vi_widen_u8(a + i * lda + p));
+}
+#else
+typedef uint8_t s8_a;
+static inline vi s8_weights(const int8_t *p) { return vi_load((const int32_t *)p); }
+#endif
+
+/* Weights are prefetched as in gemm_f32.inc.h: a line of each strip so many bytes before its use, and one of a strip of the
+ * next group. */
+enum { S8_AHEAD = 2048 };
+
+/* acc += k steps of mr rows of A by nv strips; lda counts elements. */
+static inline __attribute__((always_inline)) void s8_steps(const int mr, const int nv, ptrdiff_t k, const s8_a *a,
+                                                           ptrdiff_t lda, const int8_t *strip, ptrdiff_t strip_bytes,
+                                                           ptrdiff_t ahead, vi (*acc)[8])
+{
+    for (ptrdiff_t p = 0; p < k; p += FB_S8_DEPTH) {
+        if (mr > FB_S8_MR / 2) { /* fewer rows have no load to spare */
+            __builtin_prefetch(strip + p * 16 + ahead, 0, 2);
+            FB_UNROLL
+            for (int j = 0; j < nv; j++)
+                __builtin_prefetch(strip + j * strip_bytes + p * 16 + S8_AHEAD);
+        }
+        vi w[8];
+        FB_UNROLL
+        for (int j = 0; j < nv; j++)
+            w[j] = s8_weights(strip + j * strip_bytes + p * 16);
+        FB_UNROLL
+        for (int i = 0; i < mr; i++) {
+            const vrow row = vi_row(a + i * lda + p);
+            FB_UNROLL
+            for (int j = 0; j < nv; j++)
+                acc[i][j] = vi_dot(acc[i][j], row, w[j]);
+        }
+    }
+}
+
+/* sums[i][j] = sum_p (a[i][p] - FB_A_SHIFT) * W[j][p] for mr rows and nv strips, rows of sums 8 * 16 apart. */
+static inline __attribute__((always_inline)) void s8_sums(const int mr, const int nv, ptrdiff_t k, const uint8_t *a,
+                                                          ptrdiff_t lda, const int8_t *strip, ptrdiff_t strip_bytes,
+                                                          ptrdiff_t ahead, int32_t *sums)
+{
+    vi acc[FB_S8_MR][8];
+    FB_UNROLL
+    for (int i = 0; i < mr; i++)
+        FB_UNROLL
+    for (int j = 0; j < nv; j++)
+        acc[i][j] = vi_set1(0);
+#if FB_S8_DEPTH == 2
+    _Alignas(64) int16_t wide[FB_S8_MR][S8_BLOCK];
+    for (ptrdiff_t p = 0; p < k; p += S8_BLOCK) {
+        const ptrdiff_t block = k - p < S8_BLOCK ? k - p : S8_BLOCK;
+        s8_widen(mr, block, a + p, lda, wide);
+        s8_steps(mr, nv, block, wide[0], S8_BLOCK, strip + p * 16, strip_bytes, ahead, acc);
+    }
+#else
+    s8_steps(mr, nv, k, a, lda, strip, strip_bytes, ahead, acc);
+#endif
+    FB_UNROLL
+    for (int i = 0; i < mr; i++)
+        FB_UNROLL
+    for (int j = 0; j < nv; j++)
+        vi_store(sums + (i * 8 + j) * 16, acc[i][j]);
+}
+#endif
+
+/* Asks for the lines of C at the start of a tile. Stores that wait for memory would hold up all stores after them, the first
+ * of the next tile included: without this, N = 1536 ran a quarter slower than N = 384 on avx2 (K = 384, 2026-11). */
+static inline void s8_ask_for_c(const int mr, const int nv, const fb_s8_tile_args *t)
+{
+    for (int i = 0; i < mr; i++)
+        for (int j = 0; j < nv; j++)
+            __builtin_prefetch(t->c + i * t->ldc + j * 16, 1);
+}
+
+typedef void fb_s8_tile(const fb_s8_tile_args *t);
+
+#define FB_TILE(mr, nv)                                                                                                \
+    static void s8_tile_##mr##x##nv(const fb_s8_tile_args *t)                                                          \
+    {                                                                                                                  \
+        _Alignas(64) int32_t sums[mr * 8 * 16];                                                                        \
+        s8_ask_for_c(mr, nv, t);                                                                                       \
+        FB_S8_SUMS(mr, nv, t->k, t->a, t->lda, t->strip, t->strip_bytes, t->ahead, sums);                              \
+        s8_finish(0, mr, nv, sums, 8 * 16, t);                                                                         \
+    }
+FB_S8_TILES(FB_TILE)
+#undef FB_TILE
+
+#define FB_TILE(mr, nv) [mr][nv] = s8_tile_##mr##x##nv,
+static fb_s8_tile *const s8_tiles[FB_S8_MR + 1][8 + 1] = {FB_S8_TILES(FB_TILE)};
+#undef FB_TILE
+
 static void FB_ISA_NAME(gemm_s8)(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const uint8_t *a, ptrdiff_t lda,
                                  const float *scale_a, const int32_t *zero, const void *packed,
                                  const fb_epilogue *epilogue, float *c, ptrdiff_t ldc)
 {
     if (m <= 0 || n <= 0)
         return;
-    const ptrdiff_t row_groups = (m + FB_S8_MR - 1) / FB_S8_MR;
+    const ptrdiff_t row_groups = (m + FB_S8_MR - 1) / FB_S8_MR, strip_bytes = s8_strip_bytes(k);
     const ptrdiff_t strips = (n + 15) / 16, wide = fb_s8_strips[(m + row_groups - 1) / row_groups];
     const ptrdiff_t strip_groups = (strips + wide - 1) / wide;
     for (ptrdiff_t g = 0; g < strip_groups; g++) {
         const ptrdiff_t s = strips * g / strip_groups, s_end = strips * (g + 1) / strip_groups, nv = s_end - s;
         const ptrdiff_t column = s * 16, columns = s_end * 16 <= n ? nv * 16 : n - column;
+        const int more = row_groups > 1 && s_end < strips;
         for (ptrdiff_t h = 0; h < row_groups; h++) {
             const ptrdiff_t i = m * h / row_groups, mr = m * (h + 1) / row_groups - i;
             const float *residual = epilogue->residual ? epilogue->residual + i * epilogue->ldr + column : NULL;
@@ -142,8 +234,9 @@ static void FB_ISA_NAME(gemm_s8)(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const ui
                                        .lda = lda,
                                        .scale_a = scale_a + i,
                                        .zero = zero + i,
-                                       .strip = (const int8_t *)packed + s * s8_strip_bytes(k),
-                                       .strip_bytes = s8_strip_bytes(k),
+                                       .strip = (const int8_t *)packed + s * strip_bytes,
+                                       .strip_bytes = strip_bytes,
+                                       .ahead = more && h < nv ? (nv + h) * strip_bytes : 0,
                                        .bias = epilogue->bias ? epilogue->bias + column : NULL,
                                        .act = epilogue->act,
                                        .residual = residual,
@@ -155,3 +248,5 @@ static void FB_ISA_NAME(gemm_s8)(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const ui
         }
     }
 }
+
+#endif

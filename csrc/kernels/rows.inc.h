@@ -83,46 +83,47 @@ static inline __attribute__((always_inline)) void butterfly(vf *r, const int n)
         }
 }
 
-/* y[i] = butterfly of x[i] for n vectors `stride` floats apart. */
-static inline __attribute__((always_inline)) void mix_some(const int n, const float *x, float *y, ptrdiff_t stride)
+/* y[i] = butterfly of x[i] for n vectors `stride` floats apart; `fold`: of their octets, the halves of a vector first. */
+static inline __attribute__((always_inline)) void mix_some(const int n, const int fold, const float *x, float *y,
+                                                           ptrdiff_t stride)
 {
     vf r[8];
     FB_UNROLL
     for (int i = 0; i < n; i++)
-        r[i] = v_load(x + i * stride);
+        r[i] = fold ? v_fold(v_load(x + i * stride)) : v_load(x + i * stride);
     butterfly(r, n);
     FB_UNROLL
     for (int i = 0; i < n; i++)
         v_store(y + i * stride, r[i]);
 }
 
-static inline void mix_by(ptrdiff_t radix, const float *x, float *y, ptrdiff_t stride)
+static inline __attribute__((always_inline)) void mix_by(ptrdiff_t radix, const int fold, const float *x, float *y,
+                                                         ptrdiff_t stride)
 {
     switch (radix) {
-    case 1: mix_some(1, x, y, stride); break;
-    case 2: mix_some(2, x, y, stride); break;
-    case 4: mix_some(4, x, y, stride); break;
-    default: mix_some(8, x, y, stride); break;
+    case 1: mix_some(1, fold, x, y, stride); break;
+    case 2: mix_some(2, fold, x, y, stride); break;
+    case 4: mix_some(4, fold, x, y, stride); break;
+    default: mix_some(8, fold, x, y, stride); break;
     }
 }
 
 /* A butterfly of up to 64 vectors is two of up to 8: neighbours first, then vectors 8 apart. */
 static void FB_ISA_NAME(mix_f32)(ptrdiff_t rows, ptrdiff_t n, const float *x, ptrdiff_t ldx, float *y, ptrdiff_t ldy)
 {
-    const ptrdiff_t gain = (ptrdiff_t)fb_mix_gain(n), run = gain * 16, inner = gain < 8 ? gain : 8,
-                    outer = gain / inner;
-    const int mixes = n >= 16 && n % 16 == 0, threes = mixes && n % (3 * run) == 0;
+    const ptrdiff_t run = (ptrdiff_t)fb_mix_gain(n) * 8, vectors = run / 16, inner = vectors < 8 ? vectors : 8;
+    const int threes = n % (3 * run) == 0;
     for (ptrdiff_t i = 0; i < rows; i++, x += ldx, y += ldy) {
-        if (!mixes) {
+        if (vectors == 0) {
             for (ptrdiff_t j = 0; j < n; j++)
                 y[j] = x[j];
             continue;
         }
         for (ptrdiff_t j = 0; j < n; j += inner * 16)
-            mix_by(inner, x + j, y + j, 16);
-        for (ptrdiff_t j = 0; outer > 1 && j < n; j += run)
+            mix_by(inner, 1, x + j, y + j, 16);
+        for (ptrdiff_t j = 0; vectors > inner && j < n; j += run)
             for (ptrdiff_t at = 0; at < inner * 16; at += 16)
-                mix_by(outer, y + j + at, y + j + at, inner * 16);
+                mix_by(vectors / inner, 0, y + j + at, y + j + at, inner * 16);
         for (ptrdiff_t j = 0; threes && j < n; j += 3 * run)
             for (float *p = y + j; p < y + j + run; p += 16) {
                 const vf a = v_load(p), b = v_load(p + run), c = v_load(p + 2 * run);
@@ -134,36 +135,40 @@ static void FB_ISA_NAME(mix_f32)(ptrdiff_t rows, ptrdiff_t n, const float *x, pt
     }
 }
 
-static inline vf v_rint(vf x) /* |x| < 2^22, ties to even */
-{
-    const vf magic = v_set1(12582912.0f);
-    return v_sub(v_add(x, magic), magic);
-}
+/* ROWS_AT_ONCE rows in step: what becomes of one row while the reductions of another are on their way. */
+enum { ROWS_AT_ONCE = 4 };
 
 static void FB_ISA_NAME(quantize_u8)(ptrdiff_t rows, ptrdiff_t k, const float *x, ptrdiff_t ldx, uint8_t *q,
                                      ptrdiff_t ldq, float *scale, int32_t *zero)
 {
     const ptrdiff_t body = k - k % 16, tail = k - body;
-    for (ptrdiff_t i = 0; i < rows; i++, x += ldx, q += ldq) {
-        vf high = v_set1(0.0f), low = high, bad = high;
-        for (ptrdiff_t j = 0; j < k; j += 16) {
-            const vf v = j < body ? v_load(x + j) : v_load_n(x + j, tail, 0.0f);
-            high = v_max(v, high);
-            low = v_min(v, low);
-            bad = v_fma(v, v_set1(0.0f), bad); /* NaN where v is not finite */
+    for (ptrdiff_t at = 0; at < rows; at += ROWS_AT_ONCE) {
+        const ptrdiff_t end = rows - at < ROWS_AT_ONCE ? rows : at + ROWS_AT_ONCE;
+        float inverse[ROWS_AT_ONCE];
+        for (ptrdiff_t i = at; i < end; i++) {
+            vf high = v_set1(0.0f), low = high, bad = high;
+            for (ptrdiff_t j = 0; j < k; j += 16) {
+                const vf v = j < body ? v_load(x + i * ldx + j) : v_load_n(x + i * ldx + j, tail, 0.0f);
+                high = v_max(v, high);
+                low = v_min(v, low);
+                bad = v_fma(v, v_set1(0.0f), bad); /* NaN where v is not finite */
+            }
+            const float hi = v_largest(high), minus_lo = v_largest(v_sub(v_set1(0.0f), low)), nan = v_sum(bad);
+            const float step = hi / 255.0f + minus_lo / 255.0f;
+            const int used = step >= 0x1p-120f && nan == 0.0f;
+            inverse[i - at] = used ? 1.0f / step : 0.0f;
+            scale[i] = (used ? step : 0.0f) + nan;
+            zero[i] = used ? (int32_t)lrintf(minus_lo * inverse[i - at]) : 0;
         }
-        const float hi = v_largest(high), lo = -v_largest(v_sub(v_set1(0.0f), low)), nan = v_sum(bad);
-        const float step = hi / 255.0f - lo / 255.0f, inverse = step >= 0x1p-120f ? 1.0f / step : 0.0f;
-        const vf vinverse = v_set1(inverse), vzero = v_rint(v_set1(-lo * inverse));
-        const vf none = v_set1(0.0f), most = v_set1(255.0f);
-        scale[i] = (step >= 0x1p-120f ? step : 0.0f) + nan;
-        zero[i] = nan == 0.0f ? (int32_t)v_largest(vzero) : 0;
-        for (ptrdiff_t j = 0; j < k; j += 16) {
-            const vf v = j < body ? v_load(x + j) : v_load_n(x + j, tail, 0.0f);
-            const vf n = v_add(v_rint(v_mul(v, vinverse)), vzero);
-            v_to_u8(q + j, v_min(v_max(n, none), most), j < body ? 16 : tail);
+        for (ptrdiff_t i = at; i < end; i++) {
+            const vf vinverse = v_set1(inverse[i - at]);
+            const vi vzero = vi_set1(zero[i]);
+            for (ptrdiff_t j = 0; j < k; j += 16) {
+                const vf v = j < body ? v_load(x + i * ldx + j) : v_load_n(x + i * ldx + j, tail, 0.0f);
+                v_to_u8(q + i * ldq + j, v_mul(v, vinverse), vzero, j < body ? 16 : tail);
+            }
+            for (ptrdiff_t j = k; j < fb_k8(k); j++)
+                q[i * ldq + j] = 0;
         }
-        for (ptrdiff_t j = k; j < fb_k8(k); j++)
-            q[j] = 0;
     }
 }

@@ -24,6 +24,7 @@ static inline vi vi_dot(vi acc, vrow row, vi w)
     FB_LANES for (int p = 0; p < 4; p++) acc.l[i] += row[p] * bytes[i * 4 + p];
     return acc;
 }
+#define FB_S8_DEPTH 4
 #define FB_A_SHIFT 0
 #define FB_S8_MR 2
 #define FB_S8_TILES(X) X(1, 1) X(2, 1)

@@ -70,6 +70,7 @@ static inline __m256 v_scale2_half(__m256 p, __m256 t)
     return _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_add_epi32(exponent, _mm256_set1_epi32(0x3f800000))));
 }
 static inline vf v_scale2(vf p, vf t) { return FB_BOTH(v_scale2_half(p.lo, t.lo), v_scale2_half(p.hi, t.hi)); }
+static inline vf v_fold(vf a) { return FB_BOTH(_mm256_add_ps(a.lo, a.hi), _mm256_sub_ps(a.lo, a.hi)); }
 static inline float v_sum(vf a)
 {
     const __m256 x8 = _mm256_add_ps(a.lo, a.hi);
@@ -137,10 +138,11 @@ typedef struct {
 #define FB_BOTH_I(lo_expression, hi_expression)                                                                        \
     (vi) { lo_expression, hi_expression }
 
-static inline void v_to_u8(uint8_t *p, vf a, ptrdiff_t n)
+static inline void v_to_u8(uint8_t *p, vf a, vi zero, ptrdiff_t n)
 {
     uint8_t all[16];
-    const __m256i lo = _mm256_cvtps_epi32(a.lo), hi = _mm256_cvtps_epi32(a.hi);
+    const __m256i lo = _mm256_add_epi32(_mm256_cvtps_epi32(a.lo), zero.lo); /* a NaN gives -2^31 */
+    const __m256i hi = _mm256_add_epi32(_mm256_cvtps_epi32(a.hi), zero.hi);
     const __m256i mixed = _mm256_permute4x64_epi64(_mm256_packus_epi32(lo, hi), 0xd8);
     const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(mixed), _mm256_extracti128_si256(mixed, 1));
     if (n == 16) {
@@ -159,6 +161,16 @@ static inline void vi_store(int32_t *p, vi a)
 {
     _mm256_storeu_si256((__m256i *)p, a.lo);
     _mm256_storeu_si256((__m256i *)p + 1, a.hi);
+}
+static inline vi vi_widen_u8(const uint8_t *p)
+{
+    const __m128i *from = (const __m128i *)p;
+    return FB_BOTH_I(_mm256_cvtepu8_epi16(_mm_loadu_si128(from)), _mm256_cvtepu8_epi16(_mm_loadu_si128(from + 1)));
+}
+static inline vi vi_widen_s8(const int8_t *p)
+{
+    const __m128i *from = (const __m128i *)p;
+    return FB_BOTH_I(_mm256_cvtepi8_epi16(_mm_loadu_si128(from)), _mm256_cvtepi8_epi16(_mm_loadu_si128(from + 1)));
 }
 static inline vi vi_sub(vi a, vi b) { return FB_BOTH_I(_mm256_sub_epi32(a.lo, b.lo), _mm256_sub_epi32(a.hi, b.hi)); }
 static inline vi vi_mul(vi a, vi b)

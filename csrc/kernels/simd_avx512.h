@@ -38,6 +38,11 @@ static inline vf v_scale2(vf p, vf t)
     const __m512i exponent = _mm512_slli_epi32(_mm512_castps_si512(t), 23);
     return _mm512_mul_ps(p, _mm512_castsi512_ps(_mm512_add_epi32(exponent, _mm512_set1_epi32(0x3f800000))));
 }
+static inline vf v_fold(vf a)
+{
+    const __m512 swapped = _mm512_shuffle_f32x4(a, a, 0x4e);
+    return _mm512_mask_sub_ps(_mm512_add_ps(a, swapped), 0xff00, swapped, a);
+}
 static inline float v_sum(vf a)
 {
     const __m256 x8 = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
@@ -87,13 +92,16 @@ static inline void v_transpose(vf r[16])
 /* ---- 16 int32 lanes (simd_scalar.h) ---- */
 typedef __m512i vi;
 
-static inline void v_to_u8(uint8_t *p, vf a, ptrdiff_t n)
+static inline void v_to_u8(uint8_t *p, vf a, vi zero, ptrdiff_t n)
 {
-    _mm512_mask_cvtepi32_storeu_epi8(p, v_mask(n), _mm512_cvtps_epi32(a));
+    const __m512i q = _mm512_add_epi32(_mm512_cvtps_epi32(a), zero); /* a NaN gives -2^31 */
+    _mm512_mask_cvtusepi32_storeu_epi8(p, v_mask(n), _mm512_max_epi32(q, _mm512_setzero_si512()));
 }
 static inline vi vi_set1(int32_t x) { return _mm512_set1_epi32(x); }
 static inline vi vi_load(const int32_t *p) { return _mm512_loadu_si512(p); }
 static inline void vi_store(int32_t *p, vi a) { _mm512_storeu_si512(p, a); }
+static inline vi vi_widen_u8(const uint8_t *p) { return _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)p)); }
+static inline vi vi_widen_s8(const int8_t *p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)p)); }
 static inline vi vi_sub(vi a, vi b) { return _mm512_sub_epi32(a, b); }
 static inline vi vi_mul(vi a, vi b) { return _mm512_mullo_epi32(a, b); }
 static inline vf vi_to_f32(vi a) { return _mm512_cvtepi32_ps(a); }

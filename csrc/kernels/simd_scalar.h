@@ -7,6 +7,7 @@
  *   v_sum                       the tree of kernels.h: lane l + lane l+8, then l+4, l+2, l+1
  *   v_scale2(p, t)              p * 2^i, i = -126 .. 127 the integer that t = x + 1.5 * 2^23 carries in its low bits
  *   v_ifgt(a, b, x, y)          a > b ? x : y, lane by lane
+ *   v_fold(x)                   lanes l and l + 8: their sum in l, the difference x[l] - x[l + 8] in l + 8
  */
 #include <math.h>
 #include <stdint.h>
@@ -76,6 +77,15 @@ static inline vf v_scale2(vf p, vf t)
     memcpy(t.l, bits, sizeof bits);
     return v_mul(p, t);
 }
+static inline vf v_fold(vf a)
+{
+    for (int i = 0; i < 8; i++) {
+        const float lo = a.l[i], hi = a.l[i + 8];
+        a.l[i] = lo + hi;
+        a.l[i + 8] = lo - hi;
+    }
+    return a;
+}
 static inline float v_sum(vf a)
 {
     for (int half = 8; half > 0; half /= 2)
@@ -102,18 +112,23 @@ static inline void v_transpose(vf r[16])
 }
 
 /* ---- 16 int32 lanes ----
- *   v_to_u8     lanes, whole numbers of 0 .. 255, to 16 bytes
- *   vi_dot      acc + the four products of each column: r a row's four bytes, w 16 columns by 4 steps of k
+ *   v_to_u8     clamp(rint(lanes) + zero, 0, 255) to the first n bytes, 0 for a NaN; |lanes| < 2^22, ties to even
+ *   vi_dot      acc + the four products of each column: r a row's four bytes, w 16 columns by 4 steps of k; with
+ *               FB_S8_DEPTH 2 two products: r a row's two int16, w 16 columns by 2 steps of k, in int16
+ *   vi_widen_u8, vi_widen_s8    32 bytes as 32 int16; only where a set uses them
  *   FB_A_SHIFT  vi_dot takes a - FB_A_SHIFT for a
  */
 typedef struct {
     int32_t l[16];
 } vi;
 
-static inline void v_to_u8(uint8_t *p, vf a, ptrdiff_t n)
+static inline void v_to_u8(uint8_t *p, vf a, vi zero, ptrdiff_t n)
 {
-    for (ptrdiff_t i = 0; i < n; i++)
-        p[i] = (uint8_t)a.l[i];
+    const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
+    for (ptrdiff_t i = 0; i < n; i++) {
+        const float x = a.l[i] + magic - magic + (float)zero.l[i];
+        p[i] = (uint8_t)(x > 255.0f ? 255.0f : x > 0.0f ? x : 0.0f);
+    }
 }
 static inline vi vi_set1(int32_t x)
 {

@@ -1,8 +1,11 @@
 # cython: language_level=3, freethreading_compatible=True, binding=True
 """Binding of csrc/fastbert.h: the packed model and its forward pass. Shapes are checked here, once."""
 
-from libc.stdint cimport int32_t, int64_t
+from libc.stdint cimport int32_t, int64_t, uint32_t
 from libc.stdlib cimport calloc, free
+
+import math
+from mmap import mmap
 
 import numpy as np
 
@@ -59,6 +62,8 @@ cdef extern from "fastbert.h" nogil:
         fb_dtype dtype
         int rank
         int64_t shape[4]
+        const int64_t *strides
+        int mapped
     ctypedef struct fb_model:
         pass
     fb_status fb_load(const fb_config *, const fb_tensor *, size_t, const char *, fb_model **, fb_error *)
@@ -98,6 +103,10 @@ cdef extern from "dispatch.h" nogil:
     int fb_isa_count()
     fb_isa_row fb_isa_at(int)
     fb_status fb_select_kernels(const char *, fb_kernels *, fb_error *)
+
+
+cdef extern from "crc32c.h" nogil:
+    uint32_t fb_crc32c(const void *, size_t)
 
 
 cdef dict DTYPES = {"F32": FB_F32, "F16": FB_F16, "BF16": FB_BF16, "F64": FB_F64}
@@ -143,8 +152,8 @@ cdef class Model:
 
     config: the numbers of config.json under their own names, "hidden_act" (none gelu gelu_tanh relu silu tanh),
     "precision" (fp32 int8), "pooling" (names of pooling modes), "dense" (activation names, tensors dense.<i>.weight and .bias), "normalize".
-    tensors: name -> (buffer, dtype, shape), dtype one of F32 F16 BF16 F64, names without prefix. The buffers are
-    not needed afterwards. isa: the kernel set; None follows FASTBERT_ISA, else takes the best.
+    tensors: name -> (buffer, dtype, shape[, strides]), dtype one of F32 F16 BF16 F64, strides in elements (None: C
+    order), names without prefix. The buffers are not needed afterwards. isa: the kernel set; None follows FASTBERT_ISA, else takes the best.
     Raises ValueError naming the entry or tensor and what was expected; MemoryError.
     """
 
@@ -157,6 +166,7 @@ cdef class Model:
         cdef fb_error err
         cdef fb_status status
         cdef fb_tensor *table
+        cdef int64_t *table_strides
         cdef fb_model *model = NULL
         cdef size_t count = len(tensors), i = 0
         cdef bytes isa_bytes = None if isa is None else isa.encode()
@@ -186,20 +196,24 @@ cdef class Model:
         c.normalize = bool(config.get("normalize", False))
 
         table = <fb_tensor *>calloc(count + 1, sizeof(fb_tensor))
-        if table is NULL:
-            raise MemoryError("tensors")
+        table_strides = <int64_t *>calloc(4 * count + 1, sizeof(int64_t))
         held = []  # the names and views that the table points into
         try:
-            for name, (data, dtype, shape) in tensors.items():
+            if table is NULL or table_strides is NULL:
+                raise MemoryError("tensors")
+            for name, (data, dtype, shape, *rest) in tensors.items():
                 encoded = name.encode()
                 view = memoryview(data).cast("B") if memoryview(data).nbytes else None
-                items = 1
-                for n in shape:
-                    items *= n
+                strides = rest[0] if rest else None
+                lookup(DTYPES, dtype, name)
                 if len(shape) > 4:
                     raise ValueError(f"{name}: expected at most 4 dimensions, got {len(shape)}")
-                lookup(DTYPES, dtype, name)
-                if min(shape, default=1) < 0 or (0 if view is None else view.shape[0]) != items * ITEM_BYTES[dtype]:
+                if min(shape, default=1) < 0 or min(strides or (), default=0) < 0:
+                    raise ValueError(f"{name}: expected extents and strides from 0, got {list(shape)}, {strides}")
+                items = math.prod(shape)
+                if strides is not None and items > 0:
+                    items = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+                if (0 if view is None else view.shape[0]) != items * ITEM_BYTES[dtype]:
                     raise ValueError(f"{name}: expected {items * ITEM_BYTES[dtype]} bytes for {list(shape)} {dtype}, "
                                      f"got {memoryview(data).nbytes}")
                 held.append((encoded, view))
@@ -207,13 +221,19 @@ cdef class Model:
                 table[i].data = NULL if view is None else &view[0]
                 table[i].dtype = <fb_dtype><int>DTYPES[dtype]
                 table[i].rank = len(shape)
+                table[i].mapped = view is not None and memoryview(data).readonly and isinstance(memoryview(data).obj, mmap)
                 for axis, n in enumerate(shape):
                     table[i].shape[axis] = n
+                if strides is not None:
+                    table[i].strides = &table_strides[4 * i]
+                    for axis, stride in enumerate(strides):
+                        table_strides[4 * i + axis] = stride
                 i += 1
             with nogil:
                 status = fb_load(&c, table, count, isa_name, &model, &err)
         finally:
             free(table)
+            free(table_strides)
         if status != FB_OK:
             raise_status(&err)
         self.model = model
@@ -316,6 +336,15 @@ cdef class Model:
             if status != FB_OK:
                 raise_status(&err)
         return hidden_array, pooler_array, vectors_array
+
+
+def crc32c(const unsigned char[::1] data not None):
+    """CRC-32C of bytes, as TensorFlow checkpoints have it. The GIL is released."""
+    cdef uint32_t crc
+    cdef const unsigned char *start = &data[0] if data.shape[0] else NULL
+    with nogil:
+        crc = fb_crc32c(start, data.shape[0])
+    return crc
 
 
 def isas():

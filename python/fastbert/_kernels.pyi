@@ -3,7 +3,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-KC: Final[int]
+CHAIN: Final[int]
 STRIP: Final[int]
 ACTS: Final[dict[str, int]]
 

@@ -16,7 +16,7 @@ cdef extern from "fastbert.h" nogil:
         FB_ACT_NONE, FB_ACT_GELU, FB_ACT_GELU_TANH, FB_ACT_RELU, FB_ACT_SILU, FB_ACT_TANH
 
 cdef extern from "kernels.h" nogil:
-    enum: FB_KC
+    enum: FB_CHAIN
     enum: FB_STRIP
     ptrdiff_t fb_k8(ptrdiff_t k)
     float fb_mix_gain(ptrdiff_t n)
@@ -70,7 +70,7 @@ cdef extern from "threads.h" nogil:
     void fb_split(const fb_team *team, ptrdiff_t count, ptrdiff_t step, ptrdiff_t *begin, ptrdiff_t *end)
 
 
-KC = FB_KC
+CHAIN = FB_CHAIN
 STRIP = FB_STRIP
 ACTS = {
     "none": FB_ACT_NONE,

@@ -1,18 +1,30 @@
-"""Reader of a Hugging Face BERT folder: config.json and safetensors weights, checked against each other.
+"""Reader of a BERT folder: config.json and weights, checked against each other.
 
-What cannot be run exactly is refused by name: other architectures, other mathematics, missing, extra and misshapen
-tensors. Nothing is allocated from a number of config.json: the tensors in the file must confirm it.
+Weights are the first of these that is there:
+
+    model.safetensors, the shards of model.safetensors.index.json
+    pytorch_model.bin, the shards of pytorch_model.bin.index.json
+    *.index and its data files, a TensorFlow checkpoint; the only one, unless it is named
+
+DistilBERT, RoBERTa, XLM-RoBERTa and CamemBERT are the same mathematics under other names: they are read as what they
+are in BERT's. What cannot be run exactly is refused by name: other architectures, other mathematics, missing, extra and
+misshapen tensors. Nothing is allocated from a number of config.json: the tensors in the file must confirm it.
 """
 
+import math
 import os
 import re
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
+from fastbert.families import FAMILIES, Family
 from fastbert.files import count, read_json, require
-from fastbert.safetensors import Tensor, open_safetensors
+from fastbert.pytorch_bin import open_pytorch
+from fastbert.safetensors import open_safetensors
+from fastbert.tensorflow_ckpt import open_tensorflow
+from fastbert.tensors import FLOAT_DTYPES, Tensor
 
 # config.json name -> name in the engine (transformers, activations.py: each alias is the same function).
 ACTIVATIONS = {
@@ -28,8 +40,6 @@ ACTIVATIONS = {
     "swish": "silu",
 }
 
-FLOAT_DTYPES = ("F32", "F16", "BF16", "F64")
-
 # Whole numbers of config.json: value where absent (that of transformers' BertConfig), smallest, largest.
 _COUNTS = {
     "vocab_size": (30522, 1, 1 << 24),
@@ -43,7 +53,6 @@ _COUNTS = {
 
 # Keys that change the mathematics, and the values under which it is BERT's.
 _REQUIRED = {
-    "model_type": ("bert", None),
     "position_embedding_type": ("absolute", None),
     "is_decoder": (False, None),
     "add_cross_attention": (False, None),
@@ -52,14 +61,27 @@ _REQUIRED = {
     "quantization_config": (None,),
 }
 
-# Files that hold weights which are not read at present, to be named where safetensors are missing.
-_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".index", ".h5", ".msgpack", ".onnx", ".gguf", ".npz")
+_GOOGLE_CONFIG = "bert_config.json"
+
+# Files with weights, the first that is there counts; "shards" lists others.
+_WEIGHTS = (
+    ("model.safetensors", open_safetensors, False),
+    ("model.safetensors.index.json", open_safetensors, True),
+    ("pytorch_model.bin", open_pytorch, False),
+    ("pytorch_model.bin.index.json", open_pytorch, True),
+)
+
+# Endings of files with weights that are not read, to be named where there are no others.
+_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".npz", ".safetensors")
 
 # "module." is DataParallel's, "0.auto_model." sentence-transformers', "bert." that of the models with a head.
-_PREFIX = re.compile(r"(?:(?:bert|model|module|0|auto_model)\.)*")
+_PREFIX = r"(?:(?:{}|model|module|0|auto_model)\.)*"
 _ENCODER = ("embeddings.", "encoder.", "pooler.")
 _BUFFERS = {"embeddings.position_ids", "embeddings.token_type_ids"}  # 0, 1, 2, ... and zeros: no weights
 _OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+
+_POSITIONS = "embeddings.position_embeddings.weight"
+_TOKEN_TYPES = "embeddings.token_type_embeddings.weight"
 
 
 @dataclass(frozen=True)
@@ -72,11 +94,23 @@ class BertConfig:
     num_attention_heads: int
     intermediate_size: int
     max_position_embeddings: int
+    """Positions of a text, without those that the model skips."""
     type_vocab_size: int
     layer_norm_eps: float
     hidden_act: str
     """A value of ACTIVATIONS."""
     pad_token_id: int | None
+    model_type: str = "bert"
+    """A key of FAMILIES."""
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.model_type]
+
+    @property
+    def skipped_positions(self) -> int:
+        """Rows of the checkpoint's position table before that of a text's first token."""
+        return self.pad_token_id + 1 if self.family.skips_padding else 0
 
 
 @dataclass(frozen=True)
@@ -86,13 +120,13 @@ class Checkpoint:
     folder: Path
     config: BertConfig
     tensors: dict[str, Tensor]
-    """The encoder's tensors, exactly those of encoder_shapes(config), with or without pooler.dense.*."""
+    """The encoder's tensors as BERT's: those of encoder_shapes(config), with or without pooler.dense.*."""
     other: dict[str, Tensor]
-    """All other tensors (heads), under their names in the file."""
+    """All other tensors (heads), under their names in transformers: classifier.weight, cls.predictions.bias, ..."""
 
 
-def load_checkpoint(folder: Path) -> Checkpoint:
-    """Read config.json and model.safetensors (or the shards of model.safetensors.index.json).
+def load_checkpoint(folder: Path, prefix: Path | None = None) -> Checkpoint:
+    """Read config.json (else bert_config.json) and the weights, those of the TensorFlow checkpoint ``prefix`` if given.
 
     Raises
     ------
@@ -103,8 +137,11 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         weights, the tensor, what was expected and what was found.
     """
     folder = Path(folder)
-    config = load_config(folder / "config.json")
-    tensors, other = _load_tensors(folder, config)
+    path = folder / "config.json"
+    if not os.path.lexists(path) and os.path.lexists(folder / _GOOGLE_CONFIG):
+        path = folder / _GOOGLE_CONFIG
+    config = load_config(path)
+    tensors, other = _load_tensors(config, *open_weights(folder, prefix))
     return Checkpoint(folder, config, tensors, other)
 
 
@@ -112,13 +149,27 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
 
 def load_config(path: Path) -> BertConfig:
-    """Read and check config.json. Raises OSError or ValueError, with the path and the key."""
+    """Read and check config.json or bert_config.json. Raises OSError or ValueError, with the path and the key."""
     config = read_json(path, dict)
+    model_type = config.get("model_type") or "bert"
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise ValueError(
+            f"{path}: model_type: expected one of {', '.join(FAMILIES)}, got {reprlib.repr(config['model_type'])}"
+        )
+    family = FAMILIES[model_type]
     require(path, config, _REQUIRED)
     auto_map = config.get("auto_map")
     if isinstance(auto_map, dict) and "AutoModel" in auto_map:
         raise ValueError(f"{path}: auto_map: expected a plain BERT, got a model that brings its own code")
-    counts = {key: count(path, key, config.get(key, absent), *limits) for key, (absent, *limits) in _COUNTS.items()}
+    if path.name == _GOOGLE_CONFIG:
+        config = {"type_vocab_size": 16} | config  # BertConfig of google-research/bert
+    if not family.has_token_types:
+        config |= {"type_vocab_size": 2}  # of zeros
+    counts = {}
+    for key, (absent, *limits) in _COUNTS.items():
+        key_there = family.keys.get(key, key)
+        value = config.get(key_there, family.absent.get(key, absent))
+        counts[key] = count(path, key_there, value, *limits)
     if counts["hidden_size"] % counts["num_attention_heads"]:
         raise ValueError(
             f"{path}: hidden_size: expected a multiple of num_attention_heads {counts['num_attention_heads']}, "
@@ -127,20 +178,26 @@ def load_config(path: Path) -> BertConfig:
     eps = config.get("layer_norm_eps", 1e-12)
     if type(eps) not in (int, float) or not 1e-37 <= eps <= 1:  # from 1e-37: no subnormal float32
         raise ValueError(f"{path}: layer_norm_eps: expected a number from 1e-37 to 1, got {reprlib.repr(eps)}")
-    act = config.get("hidden_act", "gelu")
+    act_key = family.keys.get("hidden_act", "hidden_act")
+    act = config.get(act_key, "gelu")
     if not isinstance(act, str) or act not in ACTIVATIONS:
-        raise ValueError(f"{path}: hidden_act: expected one of {', '.join(ACTIVATIONS)}, got {reprlib.repr(act)}")
-    pad = config.get("pad_token_id", 0)
-    if pad is not None:
+        raise ValueError(f"{path}: {act_key}: expected one of {', '.join(ACTIVATIONS)}, got {reprlib.repr(act)}")
+    pad = config.get("pad_token_id", family.absent.get("pad_token_id", 0))
+    if pad is not None or family.skips_padding:
         count(path, "pad_token_id", pad, 0, counts["vocab_size"] - 1)
-    return BertConfig(**counts, layer_norm_eps=float(eps), hidden_act=ACTIVATIONS[act], pad_token_id=pad)
+    if family.skips_padding:
+        positions = count(path, "max_position_embeddings", counts["max_position_embeddings"], pad + 2, 1 << 20)
+        counts["max_position_embeddings"] = positions - (pad + 1)
+    return BertConfig(
+        **counts, layer_norm_eps=float(eps), hidden_act=ACTIVATIONS[act], pad_token_id=pad, model_type=model_type
+    )
 
 
 # ---- weights ----
 
 
 def encoder_shapes(config: BertConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of the encoder, as in transformers' BertModel; the pooler comes last."""
+    """Name and shape of every tensor of the checkpoint's encoder, under BERT's names; the pooler comes last."""
     hidden, intermediate = config.hidden_size, config.intermediate_size
     shapes: dict[str, tuple[int, ...]] = {}
 
@@ -152,8 +209,9 @@ def encoder_shapes(config: BertConfig) -> dict[str, tuple[int, ...]]:
         shapes[f"{name}.weight"] = shapes[f"{name}.bias"] = (hidden,)
 
     shapes["embeddings.word_embeddings.weight"] = (config.vocab_size, hidden)
-    shapes["embeddings.position_embeddings.weight"] = (config.max_position_embeddings, hidden)
-    shapes["embeddings.token_type_embeddings.weight"] = (config.type_vocab_size, hidden)
+    shapes[_POSITIONS] = (config.max_position_embeddings + config.skipped_positions, hidden)
+    if config.family.has_token_types:
+        shapes[_TOKEN_TYPES] = (config.type_vocab_size, hidden)
     layer_norm("embeddings.LayerNorm")
     for i in range(config.num_hidden_layers):
         layer = f"encoder.layer.{i}"
@@ -169,22 +227,23 @@ def encoder_shapes(config: BertConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _load_tensors(folder: Path, config: BertConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The encoder's tensors under the names of encoder_shapes, and all others under their own."""
-    source, files = _weight_files(folder)
+_Files = list[tuple[Path, dict[str, Tensor]]]
+
+
+def _load_tensors(config: BertConfig, source: Path, files: _Files) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The encoder's tensors under BERT's names, and all others. `source` says what tensors there are."""
     tensors: dict[str, Tensor] = {}
-    places: dict[str, str] = {}  # encoder name -> file and name there, for messages
-    other: dict[str, Tensor] = {}
+    places: dict[str, str] = {}  # name here -> file and name there, for messages
+    prefix = re.compile(_PREFIX.format(config.family.prefix))
     for path, content in files:
         for name, tensor in content.items():
-            canonical = _canonical(name)
-            if not canonical.startswith(_ENCODER):
-                other[name] = tensor
-            elif canonical in tensors:
+            canonical = _canonical(name[prefix.match(name).end() :], config.family)
+            if canonical in tensors:
                 raise ValueError(f"{path}: {name}: expected one tensor of this meaning, got also {places[canonical]}")
-            elif canonical not in _BUFFERS:
+            if canonical not in _BUFFERS:
                 tensors[canonical] = tensor
                 places[canonical] = f"{path}: {name}"
+    other = {name: tensors.pop(name) for name in list(tensors) if not name.startswith(_ENCODER)}
 
     shapes = encoder_shapes(config)
     if not any(name.startswith("pooler.") for name in tensors):
@@ -196,8 +255,13 @@ def _load_tensors(folder: Path, config: BertConfig) -> tuple[dict[str, Tensor], 
     for name in tensors:
         if name not in shapes:  # another architecture, or more layers than num_hidden_layers
             raise ValueError(
-                f"{places[name]}: expected no such tensor in a BERT of {config.num_hidden_layers} layers (config.json)"
+                f"{places[name]}: expected no such tensor in a {config.model_type} model of "
+                f"{config.num_hidden_layers} layers (config.json)"
             )
+    tensors[_POSITIONS] = tensors[_POSITIONS].rows(config.skipped_positions)
+    if not config.family.has_token_types:
+        shape = config.type_vocab_size, config.hidden_size
+        tensors[_TOKEN_TYPES] = Tensor(memoryview(bytes(4 * math.prod(shape))), "F32", shape)
     return tensors, other
 
 
@@ -209,43 +273,63 @@ def check_tensor(place: str, tensor: Tensor, shape: Iterable[int]) -> None:
         raise ValueError(f"{place}: expected a dtype of {', '.join(FLOAT_DTYPES)}, got {tensor.dtype}")
 
 
-def _canonical(name: str) -> str:
-    """An encoder tensor's name in transformers' BertModel. Names of other tensors stay other names."""
-    name = name[_PREFIX.match(name).end() :]
+def _canonical(name: str, family: Family) -> str:
+    """BERT's name of a tensor whose prefix is gone. Names of tensors outside the encoder stay other names."""
+    for theirs, ours in family.names:
+        name = name.replace(theirs, ours)
     for old, new in _OLD_NAMES.items():
         if name.endswith(old):
             return name.removesuffix(old) + new
     return name
 
 
-def _weight_files(folder: Path) -> tuple[Path, list[tuple[Path, dict[str, Tensor]]]]:
-    """The file that says what tensors there are, and (file, its tensors) for each file with weights."""
-    path = folder / "model.safetensors"
-    if os.path.lexists(path):
-        return path, [(path, open_safetensors(path))]
-    index_path = folder / "model.safetensors.index.json"
-    if os.path.lexists(index_path):
-        return index_path, _load_shards(index_path)
-    found = sorted(entry.name for entry in folder.iterdir() if entry.suffix in _OTHER_WEIGHTS)
-    raise FileNotFoundError(
-        f"{folder}: expected model.safetensors or model.safetensors.index.json, which are the weights read at present; "
-        f"found {', '.join(found) or 'no weights'}"
-    )
+def open_weights(folder: Path, prefix: Path | None = None) -> tuple[Path, _Files]:
+    """Map the weights of a folder, or the TensorFlow checkpoint ``prefix``.
+
+    Returns
+    -------
+    (Path, list of (Path, dict of str to Tensor))
+        The file that says what tensors there are, and each file with tensors.
+
+    Raises
+    ------
+    OSError, ValueError
+        As from load_checkpoint.
+    """
+    if prefix is None:
+        for name, read, sharded in _WEIGHTS:
+            path = folder / name
+            if os.path.lexists(path):
+                return path, _load_shards(path, read) if sharded else [(path, read(path))]
+        found = sorted(folder.glob("*.index"))
+        if len(found) > 1:
+            names = ", ".join(path.stem for path in found)
+            raise ValueError(f"{folder}: expected one TensorFlow checkpoint, or the path of one, got {names}")
+        if not found:
+            others = sorted(entry.name for entry in folder.iterdir() if entry.suffix in _OTHER_WEIGHTS)
+            raise FileNotFoundError(
+                f"{folder}: expected {', '.join(name for name, _, _ in _WEIGHTS)} or a TensorFlow checkpoint "
+                f"(*.index); found {', '.join(others) or 'no weights'}"
+            )
+        prefix = found[0].with_suffix("")
+    path = prefix.with_name(f"{prefix.name}.index")
+    return path, [(path, open_tensorflow(prefix))]
 
 
-def _load_shards(index_path: Path) -> list[tuple[Path, dict[str, Tensor]]]:
+def _load_shards(index_path: Path, read: Callable[[Path], dict[str, Tensor]]) -> _Files:
     weight_map = read_json(index_path, dict).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise ValueError(f"{index_path}: weight_map: expected an object of file names")
+    suffix = index_path.name.removesuffix(".index.json").rpartition(".")[2]
     shards: dict[str, set[str]] = {}
     for name, shard in weight_map.items():
         shards.setdefault(shard, set()).add(name)
     files = []
     for shard, names in shards.items():
-        if "\\" in shard or PurePath(shard).name != shard or not shard.endswith(".safetensors"):
-            raise ValueError(f"{index_path}: weight_map: expected plain .safetensors names, got {shard[:99]!r}")
+        if "\\" in shard or PurePath(shard).name != shard or not shard.endswith(f".{suffix}"):
+            raise ValueError(f"{index_path}: weight_map: expected plain .{suffix} names, got {shard[:99]!r}")
         path = index_path.parent / shard
-        content = open_safetensors(path)
+        content = read(path)
         for name in sorted(names ^ content.keys()):
             found = "none of that name" if name in names else "one that is not listed"
             raise ValueError(f"{path}: {name}: expected the tensors that {index_path.name} lists, got {found}")

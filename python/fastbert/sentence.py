@@ -3,7 +3,7 @@
     modules.json                        Transformer, Pooling, any number of Dense, at most one Normalize, in this order
     <Transformer>/sentence_bert_config.json     max_seq_length, do_lower_case
     <Pooling>/config.json                       pooling modes
-    <Dense>/config.json, model.safetensors      linear layer and activation
+    <Dense>/config.json and weights             linear layer and activation
     config_sentence_transformers.json   prompts, similarity function
 
 Both generations of files are read: up to version 5.3 and the renamed classes and keys since. What would change the
@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from fastbert.checkpoint import check_tensor
+from fastbert.checkpoint import check_tensor, open_weights
 from fastbert.files import count, flag, read_json, read_optional_json, require
-from fastbert.safetensors import Tensor, open_safetensors
+from fastbert.tensors import Tensor
 
 _MODULES = ("Transformer", "Pooling", "Dense", "Normalize")  # the last part of a class path: the packages moved in 5.4
 
@@ -226,8 +226,8 @@ def _load_dense(folder: Path, features: int | None) -> DenseLayer:
     shapes = {"linear.weight": [rows, columns]}
     if flag(path, config, "bias", True):
         shapes["linear.bias"] = [rows]
-    path = folder / "model.safetensors"
-    tensors = open_safetensors(path)
+    path, files = open_weights(folder)
+    tensors = {name: tensor for _, content in files for name, tensor in content.items()}
     if tensors.keys() != shapes.keys():
         raise ValueError(f"{path}: expected {', '.join(shapes)}, got {reprlib.repr(sorted(tensors))}")
     for name_there, shape in shapes.items():

@@ -58,18 +58,26 @@ class Tokenizer:
         Tokens that a text is cut to, special tokens included.
     """
 
-    def __init__(self, backend: "tokenizers.Tokenizer", max_seq_length: int, max_position_embeddings: int) -> None:
+    def __init__(
+        self,
+        backend: "tokenizers.Tokenizer",
+        max_seq_length: int,
+        max_position_embeddings: int,
+        type_vocab_size: int = 2,
+    ) -> None:
         backend.enable_truncation(max_seq_length)
         self.max_seq_length = max_seq_length
         self._backend = backend
         self._max_position_embeddings = max_position_embeddings
         self._breaks = _breaks(backend)
+        self._type_vocab_size = type_vocab_size
         self._one_type = not any(backend.encode("a").type_ids)
 
     def with_max_seq_length(self, max_seq_length: int) -> "Tokenizer":
         """This tokenizer with another limit. Raises ValueError where the model has not as many positions."""
         _check_length(self._backend, max_seq_length, self._max_position_embeddings)
-        return Tokenizer(copy.deepcopy(self._backend), max_seq_length, self._max_position_embeddings)
+        backend = copy.deepcopy(self._backend)
+        return Tokenizer(backend, max_seq_length, self._max_position_embeddings, self._type_vocab_size)
 
     def encode_batch(
         self, texts: Sequence[str], pairs: Sequence[str] | None = None, *, parallel: bool = False
@@ -92,7 +100,7 @@ class Tokenizer:
         lengths = [len(encoding) for encoding in encodings]
         offsets = np.array([0, *accumulate(lengths)], np.int64)
         ids = np.array([token for e in encodings for token in e.ids], np.int32)
-        if pairs is None and self._one_type:
+        if self._type_vocab_size == 1 or (pairs is None and self._one_type):
             type_ids = np.zeros(len(ids), np.int32)
         else:
             type_ids = np.array([kind for e in encodings for kind in e.type_ids], np.int32)
@@ -158,13 +166,15 @@ def load_tokenizer(
     max_seq_length: int | None = None,
     default_max_seq_length: int | None = None,
     do_lower_case: bool = False,
+    type_vocab_size: int = 2,
 ) -> Tokenizer:
     """Read the tokenizer of a BERT folder.
 
     Parameters
     ----------
     folder : Path
-        With tokenizer.json or vocab.txt, and perhaps tokenizer_config.json and special_tokens_map.json.
+        With tokenizer.json or vocab.txt, and perhaps tokenizer_config.json and special_tokens_map.json. Where nothing
+        but bert_config.json describes a model, one with capitals in its vocabulary is cased.
     vocab_size, max_position_embeddings : int
         Of the model.
     max_seq_length : int, optional
@@ -174,6 +184,8 @@ def load_tokenizer(
         tokenizer_config.json, else max_position_embeddings. Both are cut to max_position_embeddings.
     do_lower_case : bool
         Lower-case texts whatever tokenizer.json and tokenizer_config.json say (SentenceConfig.do_lower_case).
+    type_vocab_size : int
+        Of the model. With 1, as in RoBERTa, all tokens have type 0, those of a second text too.
 
     Raises
     ------
@@ -185,6 +197,9 @@ def load_tokenizer(
     """
     config_path = folder / "tokenizer_config.json"
     config = read_optional_json(config_path)
+    there = [(folder / name).exists() for name in ("bert_config.json", "vocab.txt", "config.json", "tokenizer.json")]
+    if not config and there == [True, True, False, False]:
+        config = {"do_lower_case": not _is_cased(folder / "vocab.txt")}
     # transformers gives special_tokens_map.json the last word on the special tokens.
     tokens = _special_tokens(config_path, config | read_optional_json(folder / "special_tokens_map.json"))
     normalizer = _normalizer(config_path, config)
@@ -205,7 +220,7 @@ def load_tokenizer(
         limit = default_max_seq_length or _model_max_length(config_path, config)
         limit = min(limit, max_position_embeddings)
     _check_length(backend, limit, max_position_embeddings)
-    return Tokenizer(backend, limit, max_position_embeddings)
+    return Tokenizer(backend, limit, max_position_embeddings, type_vocab_size)
 
 
 # ---- the files ----
@@ -285,6 +300,15 @@ def _from_vocabulary(
     _add_template(path, backend, tokens)
     backend.add_special_tokens([token for token in tokens.values() if token in vocabulary])
     return backend
+
+
+def _is_cased(path: Path) -> bool:
+    """Whether pieces have capitals: google-research/bert says it in the name of a download alone, "cased_L-12_...".
+
+    The special tokens, [PAD] and so on, have capitals in every vocabulary.
+    """
+    lines = read_file(path, MAX_TOKENIZER_BYTES).split(b"\n")
+    return any(line != line.lower() and not line.startswith(b"[") for line in lines)  # ASCII alone
 
 
 def _add_template(path: Path, backend: "tokenizers.Tokenizer", tokens: Mapping[str, str]) -> None:
