@@ -68,7 +68,9 @@ def _complain(text: str) -> int:
 
 
 def _add_model_arguments(parser: argparse.ArgumentParser, default: str) -> None:
-    parser.add_argument("-m", "--model", help=f"folder, zip archive, TensorFlow checkpoint or hub id (default: {default})")
+    parser.add_argument(
+        "-m", "--model", help=f"folder, zip archive, TensorFlow checkpoint or hub id (default: {default})"
+    )
     parser.add_argument("--precision", choices=("fp32", "int8"), default="fp32", help="default: fp32")
     parser.add_argument("--threads", type=int, metavar="N", help="threads per call (default: what the machine grants)")
     parser.add_argument("--max-seq-length", type=int, metavar="N", help="tokens per text (default: the model's)")
