@@ -76,7 +76,7 @@ ON_LONG = ("truncate", "warn", "error")
 
 def _add_model_arguments(parser: argparse.ArgumentParser, default: str | None = None) -> None:
     """default None: --model must be given."""
-    what = "folder or hub id" + (f" (default: {default})" if default else "")
+    what = "folder, zip archive, TensorFlow checkpoint or hub id" + (f" (default: {default})" if default else "")
     parser.add_argument("-m", "--model", required=default is None, help=what)
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="default: fp32")
     _add_load_arguments(parser)
