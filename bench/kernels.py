@@ -28,8 +28,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from bench.common import ROOT, environment, markdown, pin, spread
+from bench.common import ROOT, environment, pin
 from fastbert._kernels import KernelSet, kernel_sets
+from fastbert.benchmark import markdown, spread
 from tests.cases import (
     Case,
     Expected,
@@ -93,15 +94,20 @@ class Timed:
         self.samples.clear()
 
 
-def peaks(isa: str, folder: Path) -> dict[str, Timed]:
-    """The functions of bench/peak.c that the flags of this kernel set allow, by the op that each is the peak of."""
+def peak_library(isa: str, folder: Path) -> ctypes.CDLL:
+    """bench/peak.c, compiled with the flags of this kernel set."""
     flags = next(row.flags for row in isa_rows() if row.name == isa)
     library = folder / f"peak_{isa}.so"
     options = ["-O3", "-ffp-contract=fast", "-shared", "-fPIC"]
     compiled = compile_c(*options, *flags, ROOT / "bench" / "peak.c", "-o", library)
     if compiled.returncode:
         raise SystemExit(f"bench/peak.c: the C compiler says: {compiled.stderr}")
-    loaded = ctypes.CDLL(str(library))
+    return ctypes.CDLL(str(library))
+
+
+def peaks(isa: str, folder: Path) -> dict[str, Timed]:
+    """The functions of bench/peak.c that the flags of this kernel set allow, by the op that each is the peak of."""
+    loaded = peak_library(isa, folder)
     starts = {"gemm_f32": (loaded.peak_f32, ctypes.c_float), "gemm_s8": (loaded.peak_s8, ctypes.c_int)}
     found = {}
     for op, (function, number) in starts.items():

@@ -1,4 +1,4 @@
-/* peak.c: what one core can do: independent chains of multiply-adds that never leave the registers.
+/* peak.c: what one core can do: independent chains of multiply-adds that never leave the registers; reading of memory.
  *
  * Compiled by bench/kernels.py with the flags of one row of csrc/isa.def and -ffp-contract=fast, which makes one
  * instruction of x * a + b. Twelve chains cover the latency (4 or 5 cycles) of two multiply-adds a cycle.
@@ -87,4 +87,23 @@ double peak_s8(long steps, int chains[CHAINS])
     (void)steps, (void)chains;
     return 0;
 #endif
+}
+
+/* Reads `bytes` (a multiple of 8 vectors is read, the rest left) from start to end, `steps` times; gives the bytes read. */
+double peak_read(long steps, const char *start, long bytes, int sum[16])
+{
+    typedef int vector __attribute__((vector_size(BYTES ? BYTES : 16), aligned(4)));
+    enum { VECTORS = 8 };
+    const long blocks = bytes / (long)(VECTORS * sizeof(vector));
+    vector x[VECTORS] = {0};
+    for (long i = 0; i < steps; i++) {
+        const vector *from = (const vector *)start;
+        for (long block = 0; block < blocks; block++, from += VECTORS)
+            for (int v = 0; v < VECTORS; v++)
+                x[v] ^= from[v];
+    }
+    for (int v = 0; v < VECTORS; v++)
+        for (int lane = 0; lane < (int)(sizeof(vector) / sizeof(int)); lane++)
+            sum[lane] ^= x[v][lane];
+    return (double)steps * blocks * VECTORS * sizeof(vector);
 }

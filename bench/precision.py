@@ -3,7 +3,7 @@
     python -m bench.precision [--isa NAME ...] [--models NAME ...] [--rounds N] [--json FILE]
 
 Random weights of the models' shapes. The cases are one text of 8, 32 and 128 tokens, and the ragged batch of
-bench.encoder. In every round each precision runs each case once, repeated to at least SAMPLE_S, by the thread's CPU
+bench.workload. In every round each precision runs each case once, repeated to at least SAMPLE_S, by the thread's CPU
 time. Printed for each kernel set: the median over rounds of the float32 time by the int8 time of the same round (above
 1, int8 is faster), and below it the milliseconds of both.
 """
@@ -17,21 +17,15 @@ from typing import Any
 
 from tqdm import tqdm
 
-from bench.common import environment, markdown, pin, spread
-from bench.encoder import VOCAB_SIZE, log_normal_batch
+from bench.common import environment, pin
+from bench.workload import CASES as ALL_CASES
+from bench.workload import RAGGED, SHAPES, config
 from fastbert import _core
+from fastbert.benchmark import markdown, spread
 from tests import models
 
 SAMPLE_S = 0.01
-SHAPES = {  # layers, hidden size, heads
-    "tiny": (2, 128, 2),
-    "mini": (4, 256, 4),
-    "minilm": (6, 384, 12),
-    "small": (4, 512, 8),
-    "medium": (8, 512, 8),
-    "base": (12, 768, 12),
-}
-BATCHES = {f"1 x {n}": models.random_batch([n], VOCAB_SIZE) for n in (8, 32, 128)} | {"ragged 64": log_normal_batch()}
+CASES = ("1 x 8", "1 x 32", "1 x 128", RAGGED)
 PRECISIONS = ("fp32", "int8")
 
 
@@ -52,18 +46,11 @@ def timed(run: Callable[[], Any]) -> Callable[[], float]:
 
 def measure(isa: str, name: str, rounds: int) -> dict[str, dict[str, Any]]:
     """case -> spread of fp32 and int8 milliseconds, and of their ratio."""
-    layers, hidden, heads = SHAPES[name]
-    model = models.random_model(
-        vocab_size=VOCAB_SIZE,
-        num_hidden_layers=layers,
-        hidden_size=hidden,
-        num_attention_heads=heads,
-        intermediate_size=4 * hidden,
-        sentence=models.Sentence(),
-    )
+    model = models.random_model(**config(name), sentence=models.Sentence())
     cores = {p: _core.Model(model.config | {"precision": p}, model.tensors(), isa) for p in PRECISIONS}
     found = {}
-    for case, batch in BATCHES.items():
+    for case in CASES:
+        batch = ALL_CASES[case]
         samplers = {
             p: timed(lambda core=core, batch=batch: core.forward(*batch, vectors=True, threads=1))
             for p, core in cores.items()
@@ -99,7 +86,7 @@ def main() -> None:
         for isa, found in record["sets"].items()
         for name, cases in found.items()
     ]
-    print(markdown(["kernel set", "model", *BATCHES], rows))
+    print(markdown(["kernel set", "model", *CASES], rows))
     if args.json:
         args.json.write_text(json.dumps(record, indent=1), encoding="utf-8")
 

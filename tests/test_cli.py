@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import io
 import json
 import os
@@ -316,6 +317,83 @@ def test_info_for_people(folder: Path) -> None:
     assert "MB" in words
 
 
+# ---- bench ----
+
+QUICK = ("--seconds", 0, "--threads", 1)
+
+
+def test_bench(folder: Path, encoder: Encoder) -> None:
+    report = json.loads(output("bench", folder, "--tokens", "1,5", "--texts", "2", *QUICK, "--json"))
+    assert (report["model"], report["kernel set"], report["threads"]) == (str(folder), encoder.info()["isa"], 1)
+    figures = report["figures"]
+    assert [(f["texts"], f["tokens"], f["runner"]) for f in figures] == [
+        (2, tokens, f"fastbert {precision}") for tokens in (1, 5) for precision in ("fp32", "int8")
+    ]
+    for f in figures:
+        assert 0 < f["ms"]["low"] <= f["ms"]["median"] <= f["ms"]["high"]
+        assert f["tokens_per_second"] == pytest.approx(1e3 * f["texts"] * f["tokens"] / f["ms"]["median"])
+    assert [f["cosine"] == pytest.approx(1, abs=1e-9) for f in figures] == [True, False, True, False]
+    assert all(f["cosine"] > 0.99 for f in figures)
+    assert all(f["ratio"]["median"] == 1 for f in figures[::2])
+
+
+def test_bench_for_people(folder: Path) -> None:
+    lines = (
+        output("bench", folder, "--tokens", "3", "--texts", "1,2", "--precision", "int8", *QUICK).decode().split("\n")
+    )
+    assert lines[0] == str(folder)
+    assert "kernel set: " in lines[1] and "threads: 1" in lines[1]
+    assert [line.split(" | ")[0] for line in lines[3:] if line] == [
+        "| texts x tokens",
+        "| --------------",
+        "| 1 x 3         ",
+        "| 2 x 3         ",
+    ]
+
+
+def test_bench_against_pytorch(folder: Path) -> None:
+    for package in ("torch", "transformers"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    result = run("bench", folder, "--tokens", "6", "--against", "pytorch", *QUICK, "--json")  # torch may warn
+    assert result.returncode == 0, result.stderr
+    found = {f["runner"]: f["cosine"] for f in json.loads(result.stdout)["figures"]}
+    assert found["pytorch"] == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--against", "abacus"],
+            "--against: expected names out of pytorch, sentence-transformers, onnxruntime, got 'aba",
+        ),
+        (["--tokens", "8,513"], "--tokens: expected 1 to 512, got 513"),
+        (["--texts", "0"], "--texts: expected at least 1, got 0"),
+        (["--texts", "2,many"], "expected whole numbers with commas between them, got '2,many'"),
+        (["--threads", "0"], "threads: expected at least 1, got 0"),
+    ],
+)
+def test_bench_errors(folder: Path, arguments: list[str], message: str) -> None:
+    result = run("bench", folder, *arguments)
+    assert (result.returncode, result.stdout) == (2, b"")
+    assert message in result.stderr.decode() and result.stderr.count(b"\n") == 1
+
+
+def test_bench_against_an_engine_that_is_not_there(folder: Path, tmp_path: Path) -> None:
+    """Neither a package that cannot be imported nor a folder without its file is a crash."""
+    (tmp_path / "onnxruntime.py").write_text("raise ImportError('broken')")
+    result = run("bench", folder, "--against", "onnxruntime", env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert (result.returncode, result.stdout) == (2, b"")
+    assert result.stderr.decode() == (
+        "fastbert: error: onnxruntime: expected the package onnxruntime to be installed: broken\n"
+    )
+    (tmp_path / "onnxruntime.py").write_text("")
+    result = run("bench", folder, "--against", "onnxruntime", env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert result.returncode == 2
+    assert f"expected onnx/model.onnx or model.onnx in {folder}, found neither" in result.stderr.decode()
+
+
 def test_help() -> None:
-    assert {b"encode", b"info"} <= {*output("--help").split()}
+    assert {b"encode", b"info", b"bench"} <= {*output("--help").split()}
     assert b"--truncate-dim" in output("encode", "--help")

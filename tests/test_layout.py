@@ -38,7 +38,8 @@ KERNEL_ARROWS = {
 PYTHON_ARROWS = {
     "__init__": "_core encoder classification token_classification question_answering masked_lm",
     "__main__": "cli",
-    "cli": "_core encoder classification glue",
+    "cli": "_core benchmark encoder classification glue",
+    "benchmark": "encoder",
     "glue": "classification",
     "classification": "_core heads encoder pretrained sentence tokenizer",
     "token_classification": "_core heads pretrained tokenizer",

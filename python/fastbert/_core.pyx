@@ -169,8 +169,9 @@ cdef object fill_tensor(fb_tensor *tensor, int64_t *tensor_strides, str name, so
     lookup(DTYPES, dtype, name)
     if len(shape) > 4:
         raise ValueError(f"{name}: expected at most 4 dimensions, got {len(shape)}")
-    if min(shape, default=1) < 0 or min(strides or (), default=0) < 0:
-        raise ValueError(f"{name}: expected extents and strides from 0, got {list(shape)}, {strides}")
+    if min(shape, default=1) < 0 or min(strides or (), default=0) < 0 or (
+            strides is not None and len(strides) != len(shape)):
+        raise ValueError(f"{name}: expected extents from 0 and as many strides, got {list(shape)}, {strides}")
     items = math.prod(shape)
     if strides is not None and items > 0:
         items = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))

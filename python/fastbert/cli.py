@@ -1,4 +1,4 @@
-"""Command line: fastbert encode, classify, rerank, eval, info; also python -m fastbert.
+"""Command line: fastbert encode, classify, rerank, eval, info, bench; also python -m fastbert.
 
 A command is a row of COMMANDS: its name, what declares its arguments, what runs it. What the user got wrong becomes one
 line on stderr and exit status 2; anything else is a bug and keeps its traceback.
@@ -21,6 +21,7 @@ from typing import Any, BinaryIO, NoReturn, TypeVar
 import numpy as np
 
 from fastbert import _core, glue
+from fastbert.benchmark import PEERS, Run, core_count, cpu_model, fastbert_runner, markdown, measure
 from fastbert.classification import CrossEncoder, SequenceClassifier
 from fastbert.encoder import Encoder, Floats, kernels
 
@@ -84,6 +85,10 @@ def _add_model_arguments(parser: argparse.ArgumentParser, default: str | None = 
 def _add_load_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, metavar="N", help="threads per call (default: what the machine grants)")
     parser.add_argument("--max-seq-length", type=int, metavar="N", help="tokens per text (default: the model's)")
+    _add_hub_arguments(parser)
+
+
+def _add_hub_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
     parser.add_argument("--cache-dir", metavar="DIR", help="the hub's cache")
     parser.add_argument("--local-files-only", action="store_true", help="never ask the hub")
@@ -338,10 +343,82 @@ def _table(report: dict[str, Any], indent: str = "") -> Iterator[str]:
             yield f"{indent}{name:24} {text or '-'}"
 
 
+# ---- bench ----
+
+
+def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="folder or hub id (default: all-MiniLM-L6-v2)")
+    parser.add_argument(
+        "--tokens", type=_numbers, default=(8, 32, 128), metavar="N,..", help="of a text (default: 8,32,128)"
+    )
+    parser.add_argument("--texts", type=_numbers, default=(1, 8), metavar="N,..", help="of a batch (default: 1,8)")
+    parser.add_argument("--precision", choices=("fp32", "int8"), help="default: both")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads per call (default: what the machine grants)")
+    parser.add_argument(
+        "--against",
+        type=lambda names: names.split(","),
+        default=[],
+        metavar="NAME,..",
+        help=f"other engines, if installed: {', '.join(PEERS)}; in float32",
+    )
+    parser.add_argument("--seconds", type=float, default=2.0, metavar="S", help="for each case (default: 2)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    _add_hub_arguments(parser)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected whole numbers with commas between them, got {text!r}") from None
+
+
+def _bench(args: argparse.Namespace) -> None:
+    """Measure latency and throughput of a model on this machine."""
+    from tqdm import tqdm
+
+    hub_options = {name: getattr(args, name) for name in ("revision", "cache_dir", "local_files_only")}
+    runners: dict[str, Run] = {}
+    for precision in (args.precision,) if args.precision else ("fp32", "int8"):
+        encoder = Encoder(args.model, precision=precision, threads=args.threads, **hub_options)
+        runners[f"fastbert {precision}"] = fastbert_runner(encoder)
+    info = encoder.info()
+    for name, numbers, most in (("tokens", args.tokens, info["max_position_embeddings"]), ("texts", args.texts, None)):
+        if wrong := [n for n in numbers if n < 1 or (most and n > most)]:
+            raise ValueError(f"--{name}: expected {f'1 to {most}' if most else 'at least 1'}, got {wrong[0]}")
+    for name in args.against:
+        if name not in PEERS:
+            raise ValueError(f"--against: expected names out of {', '.join(PEERS)}, got {name!r}")
+        runners[name] = PEERS[name](encoder.folder, info["threads"])
+    cases = [(texts, tokens) for texts in args.texts for tokens in args.tokens]
+    measured = measure(runners, cases, info["vocab_size"], args.seconds)
+    figures = [figure for case in tqdm(measured, "Cases", len(cases), leave=False, disable=None) for figure in case]
+    machine = {"cpu": cpu_model(), "cores": core_count(), "kernel set": info["isa"], "threads": info["threads"]}
+    if args.json:
+        rows = [figure._asdict() | {"tokens_per_second": figure.tokens_per_second} for figure in figures]
+        print(json.dumps({"model": info["model"], **machine, "figures": rows}, indent=2, ensure_ascii=False))
+        return
+    print(f"{info['model']}\n{', '.join(f'{name}: {value}' for name, value in machine.items())}\n")
+    cells = [
+        [
+            f"{figure.texts} x {figure.tokens}",
+            figure.runner,
+            "{median:.4g} ({low:.4g} .. {high:.4g})".format_map(figure.ms),
+            f"{figure.tokens_per_second:.0f}",
+            "{median:.2f} ({low:.2f} .. {high:.2f})".format_map(figure.ratio),
+            f"{figure.cosine:.5f}",
+        ]
+        for figure in figures
+    ]
+    first = next(iter(runners))
+    print(markdown(["texts x tokens", "engine", "ms", "tokens/s", f"time by {first}'s", f"cosine to {first}"], cells))
+
+
 COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], None]]] = {
     "encode": (_add_encode_arguments, _encode),
     "classify": (_add_classify_arguments, _classify),
     "rerank": (_add_rerank_arguments, _rerank),
     "eval": (_add_eval_arguments, _eval),
     "info": (_add_info_arguments, _info),
+    "bench": (_add_bench_arguments, _bench),
 }

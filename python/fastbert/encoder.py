@@ -260,19 +260,22 @@ class Encoder(Pretrained):
         size = BATCHES_PER_STEP * positive("batch_size", batch_size)
         texts, single = check_texts(inputs)
         result: Any = [] if plan.tokens else np.empty((len(texts), plan.dim), np.float32)
-        counts, truncated = np.empty(len(texts), np.int64), np.empty(len(texts), np.bool_)
+        info = EncodeInfo(np.empty(len(texts), np.int64), np.empty(len(texts), np.bool_)) if return_info else None
         done = 0
         with progress_bar(len(texts), show_progress_bar) as progress:
             for step in self._steps(texts, size, plan):
                 part = slice(done, done + len(step.rows))
-                result[part], counts[part], truncated[part] = step
+                result[part] = step.rows
+                if info is not None:
+                    info.token_counts[part], info.truncated[part] = step.counts, step.truncated
                 progress(len(step.rows))
                 done = part.stop
         if not convert_to_numpy:
             result = list(result)
         if single:
-            return (result[0], EncodeInfo(int(counts[0]), bool(truncated[0]))) if return_info else result[0]
-        return (result, EncodeInfo(counts, truncated)) if return_info else result
+            result = result[0]
+            info = info and EncodeInfo(int(info.token_counts[0]), bool(info.truncated[0]))
+        return (result, info) if return_info else result
 
     def encode_query(
         self,
@@ -365,10 +368,10 @@ class Encoder(Pretrained):
         first = 0
         while part := [plan.prompt + text for text in islice(texts, size)]:
             batch = plan.tokenizer.encode_batch(part)
-            counts, cut = np.diff(batch.offsets), np.flatnonzero(batch.truncated)
-            if plan.count_cut and cut.size:
+            counts = batch.offsets[1:] - batch.offsets[:-1]
+            if plan.count_cut and batch.truncated.any():
+                cut = np.flatnonzero(batch.truncated)
                 counts[cut] = plan.tokenizer.count_tokens([part[i] for i in cut])
-            if cut.size:
                 plan.long.report(first + int(cut[0]), plan.tokenizer.max_seq_length, int(counts[cut[0]]))
             hidden, _, vectors = self._model.forward(
                 batch.ids,
@@ -476,7 +479,7 @@ class Encoder(Pretrained):
             A shape, an id or an offset is wrong; the text names its place.
         """
         ids = _integers("ids", ids, "tokens", self.config.vocab_size)
-        bounds = _integers("offsets", offsets, "batch + 1", ids.size + 1).astype(np.int64)
+        bounds = _integers("offsets", offsets, "batch + 1", ids.size + 1, dtype=np.int64)
         if type_ids is not None:
             type_ids = _integers("type_ids", type_ids, "tokens", self.config.type_vocab_size, like=ids)
         return self._model.forward(ids, bounds, type_ids, hidden=True, threads=self.threads or 0)[0]
@@ -555,7 +558,9 @@ def _strings(inputs: Iterable[str]) -> Iterator[str]:
         yield text
 
 
-def _integers(name: str, value: ArrayLike, axes: str, end: int, like: NDArray[Any] | None = None) -> NDArray[np.int32]:
+def _integers(
+    name: str, value: ArrayLike, axes: str, end: int, like: NDArray[Any] | None = None, dtype: Any = np.int32
+) -> NDArray[Any]:
     """`value` as an array of these axes (and of the shape of `like`) with numbers from 0 to below `end`."""
     try:
         array = np.asarray(value)
@@ -567,11 +572,11 @@ def _integers(name: str, value: ArrayLike, axes: str, end: int, like: NDArray[An
         raise ValueError(f"{name}: expected shape [{axes}], got {list(array.shape)}")
     if like is not None and array.shape != like.shape:
         raise ValueError(f"{name}: expected shape {list(like.shape)}, got {list(array.shape)}")
-    wrong = np.argwhere((array < 0) | (array >= end))
-    if wrong.size:
-        place = ", ".join(map(str, wrong[0]))
-        raise ValueError(f"{name}[{place}]: expected 0 to {end - 1}, got {array[tuple(wrong[0])]}")
-    return array.astype(np.int32)
+    wrong = array.astype(np.int64).view(np.uint64) >= end  # negative numbers are large ones: one comparison, not two
+    if np.count_nonzero(wrong):
+        place = tuple(np.argwhere(wrong)[0].tolist())
+        raise ValueError(f"{name}[{', '.join(map(str, place))}]: expected 0 to {end - 1}, got {array[place]}")
+    return np.ascontiguousarray(array, dtype)
 
 
 # ---- vectors ----

@@ -12,9 +12,9 @@ import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
+from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,8 +38,7 @@ _BREAKS = " \t\n\r" + string.punctuation.replace("_", "") + "\u3001\u3002\uff01\
 _GENERIC_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
-@dataclass(frozen=True)
-class TokenBatch:
+class TokenBatch(NamedTuple):
     """A ragged batch: the tokens of all texts in one row, no padding."""
 
     ids: NDArray[np.int32]
@@ -76,14 +75,12 @@ def to_batch(parts: Sequence[Tokens]) -> TokenBatch:
 
 
 def _ragged(ids: list[list[int]], type_ids: list[list[int]] | None, truncated: list[bool]) -> TokenBatch:
-    offsets = np.zeros(len(ids) + 1, np.int64)
-    np.cumsum([len(row) for row in ids], out=offsets[1:])
-    tokens = int(offsets[-1])
+    offsets = np.array([0, *accumulate(len(row) for row in ids)], np.int64)
 
     def flat(rows: list[list[int]]) -> NDArray[np.int32]:
-        return np.fromiter(chain.from_iterable(rows), np.int32, tokens)
+        return np.array([token for row in rows for token in row], np.int32)
 
-    types = np.zeros(tokens, np.int32) if type_ids is None else flat(type_ids)
+    types = np.zeros(offsets[-1], np.int32) if type_ids is None else flat(type_ids)
     return TokenBatch(flat(ids), types, offsets, np.array(truncated, np.bool_))
 
 
