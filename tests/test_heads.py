@@ -318,6 +318,48 @@ def test_judge_cross_encoder(folders: Callable[[str], Path]) -> None:
     agree(encoder.rank("oil", [b for _, b in pairs], top_k=9), judge.rank("oil", [b for _, b in pairs], top_k=9))
 
 
+RELATIVES = [
+    (kind, task)
+    for kind in ("DistilBert", "Roberta", "XLMRoberta", "Camembert")
+    for task in ("SequenceClassification", "TokenClassification", "QuestionAnswering", "MaskedLM")
+]
+
+
+@pytest.mark.parametrize("kind, task", RELATIVES)
+def test_judge_relatives(kind: str, task: str, tmp_path: Path) -> None:
+    """Random weights, saved by transformers; the heads of BERT's relatives on the same ids."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    labels = 2 if task == "QuestionAnswering" else 5
+    sizes = {
+        "vocab_size": len(models.VOCABULARY),
+        "num_labels": labels,
+        "pad_token_id": 1,
+        "max_position_embeddings": 66,
+    }
+    shape = {"hidden_size": 48, "num_attention_heads": 3, "num_hidden_layers": 2, "intermediate_size": 96}
+    distil = {"dim": 48, "n_heads": 3, "n_layers": 2, "hidden_dim": 96}
+    roberta = shape | {"type_vocab_size": 1, "layer_norm_eps": 1e-5}
+    config = getattr(transformers, f"{kind}Config")(**sizes, **(distil if kind == "DistilBert" else roberta))
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}For{task}")(config).eval()
+    for weight in model.parameters():  # biases are 0 and weights small at first
+        weight.data.normal_(0, weight.shape[-1] ** -0.5 if weight.ndim == 2 else 0.5)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "vocab.txt").write_text("\n".join(models.VOCABULARY), encoding="utf-8")
+    loaded = CLASSES[f"BertFor{task}"](tmp_path)
+    batch = models.random_batch((2, 7, 30, 60), len(models.VOCABULARY), 1, seed=3)
+    batch = batch._replace(ids=np.maximum(batch.ids, 2))  # id 1 pads, and padding has no position of its own
+    result = loaded._logits(loaded._encode(TokenBatch(batch.ids, batch.type_ids, batch.offsets, np.zeros(4, np.bool_))))
+    model, rows = model.double(), []
+    for a, b in pairwise(batch.offsets):
+        ids = torch.from_numpy(batch.ids[None, a:b].astype(np.int64))
+        rows.append(golden.run(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}))
+    exact = np.concatenate([np.atleast_2d(row) for row in rows])
+    assert result.shape == exact.shape and np.ptp(exact) > 0.1
+    assert np.abs(result - exact).max() <= 1e-5 * np.abs(exact).max()
+
+
 # ---- same text, same bits; int8 ----
 
 
