@@ -31,8 +31,6 @@ enum {
     QUERY_BLOCK = 64, /* rows of scores held at once: 64 x 512 floats are 128 KB */
     RACK = 16         /* idle workspaces that a model keeps */
 };
-/* Multiply-adds under which waking a second thread costs more than it saves: about 0.1 ms of one core. */
-static const double SMALL_WORK = 5e6;
 /* Rows a thread needs before reading all weights itself beats sharing the columns with barriers between operations. */
 static const ptrdiff_t ROWS_PER_THREAD = 24;
 
@@ -581,7 +579,7 @@ fb_status fb_forward(const fb_model *model, const fb_batch *batch, const fb_outp
         options = &defaults;
     const ptrdiff_t tokens = (ptrdiff_t)batch->offsets[batch->size];
     int threads = options->threads > 0 ? options->threads : fb_get_num_threads();
-    if ((double)tokens * token_work(&model->config) < SMALL_WORK)
+    if ((double)tokens * token_work(&model->config) < FB_SMALL_WORK)
         threads = 1;
     ptrdiff_t budget = BUDGET;
     if (threads > 1 && tokens / (4 * threads) < budget)

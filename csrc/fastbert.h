@@ -141,6 +141,29 @@ fb_status fb_forward(const fb_model *model, const fb_batch *batch, const fb_outp
 /* Bytes of scratch that fb_forward holds at most for this model and number of threads. */
 size_t fb_scratch_bytes(const fb_model *model, int threads);
 
+/* One layer of a task head, float32 whatever the encoder is: y = act(x W^T + bias), then LayerNorm where gamma is given.
+ * Borrowed while fb_head_load runs. Errors name the tensors by fb_tensor.name. */
+typedef struct fb_head_config {
+    const fb_tensor *weight; /* [out][in] */
+    const fb_tensor *bias;   /* [out]; NULL: none */
+    fb_act act;
+    const fb_tensor *gamma, *beta; /* [out] each; both NULL: no LayerNorm */
+    float layer_norm_eps;
+} fb_head_config;
+
+typedef struct fb_head fb_head;
+
+/* Packs the layer for the kernel set `isa`, as fb_load does; read-only and free for many threads from then on. */
+fb_status fb_head_load(const fb_head_config *config, const char *isa, fb_head **head, fb_error *err);
+void fb_head_free(fb_head *head);
+
+/* y [rows][out] of x [rows][in], dense, not overlapping. A row's result has the same bits whatever the other rows are,
+ * and for any number of threads. threads: as in fb_run_options. */
+void fb_head_run(const fb_head *head, ptrdiff_t rows, const float *x, float *y, int threads);
+
+/* Each row of x [rows][n] becomes exp(x) / sum(exp(x)), in place, with the same bits on every kernel set. */
+fb_status fb_softmax(ptrdiff_t rows, ptrdiff_t n, float *x, fb_error *err);
+
 /* The process-wide default for fb_run_options.threads: what was set here, else FASTBERT_NUM_THREADS, else
  * OMP_NUM_THREADS, else min(affinity mask, cgroup quota, physical cores). fb_set_num_threads(0) unsets. */
 int fb_get_num_threads(void);

@@ -47,6 +47,9 @@ fb_status fb_weights_load(fb_weights *weights, const fb_config *config, ptrdiff_
                           const fb_tensor *tensors, size_t num_tensors, fb_error *err);
 void fb_weights_free(fb_weights *weights);
 
+/* Rows first .. first + rows - 1 of a tensor [..][columns] or, of rank 1, [columns], to float32 in C order. */
+void fb_tensor_to_f32(const fb_tensor *tensor, int64_t first, int64_t rows, int64_t columns, float *out);
+
 /* 64-byte aligned memory, its content undefined; NULL when there is none. Freed by fb_aligned_free. */
 void *fb_aligned_alloc(size_t bytes);
 void fb_aligned_free(void *memory);

@@ -79,6 +79,22 @@ class Sentence(NamedTuple):
     max_seq_length: int | None = None
 
 
+# Class of transformers -> rows of each linear layer of its head, and of its LayerNorm; a str is a key of the config, or
+# "labels": the number of id2label.
+HEADS: dict[str, dict[str, int | str]] = {
+    "BertForSequenceClassification": {"classifier": "labels"},
+    "BertForTokenClassification": {"classifier": "labels"},
+    "BertForQuestionAnswering": {"qa_outputs": 2},
+    "BertForMaskedLM": {
+        "cls.predictions.transform.dense": "hidden_size",
+        "cls.predictions.transform.LayerNorm": "hidden_size",
+        "cls.predictions": "vocab_size",  # a bias alone: the weight is that of the word embeddings
+    },
+    "BertForNextSentencePrediction": {"cls.seq_relationship": 2},
+}
+HEAD_PREFIXES = ("classifier.", "qa_outputs.", "cls.")
+
+
 class Model(NamedTuple):
     """A model in memory, in the terms of reference.forward and of fastbert._core.Model."""
 
@@ -165,6 +181,13 @@ def _shapes(config: Mapping[str, Any], sentence: Sentence | None) -> dict[str, t
         linear(f"{layer}.output.dense", hidden, intermediate)
         norm(f"{layer}.output.LayerNorm")
     linear("pooler.dense", hidden, hidden)
+    for layer, rows in HEADS.get((config.get("architectures") or [""])[0], {}).items():
+        n = len(config.get("id2label", "12")) if rows == "labels" else config.get(rows, rows)
+        linear(layer, n, hidden)
+        if layer.endswith("LayerNorm"):
+            norm(layer)
+        if layer == "cls.predictions":
+            del shapes[f"{layer}.weight"]
     if sentence:
         n_in = hidden * len(sentence.pooling)
         for i, (_, n_out) in enumerate(sentence.dense):
@@ -376,7 +399,8 @@ def write_model(
     model : Model or None
         What an earlier call with the same arguments but for the form of the files returned: saves time.
     **config
-        Keys of config.json, as in bert_config: hidden_size=..., hidden_act="gelu_new", model_type=None.
+        Keys of config.json, as in bert_config: hidden_size=..., hidden_act="gelu_new", model_type=None. With
+        architectures=[a key of HEADS] the model has that head, with labels for id2label={"0": ..., "1": ...}.
     """
     config = bert_config(**({"vocab_size": len(vocabulary)} | config))
     model = model or random_model(seed=seed, sentence=sentence, dtype=dtype, pooler=pooler, **config)
@@ -384,7 +408,10 @@ def write_model(
     _write_json(folder / "config.json", config)
 
     weights = {name: w for name, w in model.weights.items() if not name.startswith("dense.")}
-    tensors = {f"{prefix}{name}": (dtype, _encode(dtype, w)) for name, w in weights.items()}
+    tensors = {
+        name if name.startswith(HEAD_PREFIXES) else f"{prefix}{name}": (dtype, _encode(dtype, w))
+        for name, w in weights.items()
+    }
     if heads:
         random = random_heads(config, seed, dtype)
         tensors |= {name: (dtype, _encode(dtype, w)) for name, w in random.items()}

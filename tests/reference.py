@@ -201,3 +201,29 @@ def forward(
     if config.get("pooling"):
         vectors = np.array([sentence_vector(config, weights, x) for x in rows])
     return Outputs(np.concatenate(rows), pooler, vectors)
+
+
+# ---- task heads ----
+
+# class of transformers -> the output of forward() that its head reads, and its last layer
+HEADS = {
+    "BertForSequenceClassification": ("pooler_output", "classifier"),
+    "BertForTokenClassification": ("last_hidden_state", "classifier"),
+    "BertForQuestionAnswering": ("last_hidden_state", "qa_outputs"),
+    "BertForMaskedLM": ("last_hidden_state", "cls.predictions"),
+    "BertForNextSentencePrediction": ("pooler_output", "cls.seq_relationship"),
+}
+
+
+def logits(config: Mapping[str, Any], weights: Weights, outputs: Outputs) -> Array:
+    """What the head of config["architectures"] makes of the encoder's outputs: [tokens or batch, classes]."""
+    reads, name = HEADS[config["architectures"][0]]
+    x = getattr(outputs, reads)
+    if name == "cls.predictions":
+        x = ACTIVATIONS[config["hidden_act"]](
+            x @ weights[f"{name}.transform.dense.weight"].T + weights[f"{name}.transform.dense.bias"]
+        )
+        gamma, beta = weights[f"{name}.transform.LayerNorm.weight"], weights[f"{name}.transform.LayerNorm.bias"]
+        x = layer_norm(x, gamma, beta, config["layer_norm_eps"])
+        return x @ weights["embeddings.word_embeddings.weight"].T + weights[f"{name}.bias"]
+    return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]

@@ -232,6 +232,64 @@ def test_terminal(folder: Path) -> None:
         os.close(terminal)
 
 
+# ---- classify, rerank ----
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("classifier")
+    labels = {"0": "no", "1": "yes", "2": "perhaps"}
+    write_model(folder, architectures=["BertForSequenceClassification"], id2label=labels, hidden_size=32)
+    return folder
+
+
+def lines(data: bytes) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in data.splitlines()]
+
+
+def test_classify(classifier: Path) -> None:
+    model = fastbert.SequenceClassifier(classifier)
+    expected = [{"text": text} | result for text, result in zip(TEXTS, model(TEXTS), strict=True)]
+    assert lines(output("classify", "-m", classifier, *TEXTS)) == expected
+    stdin = "\n".join(TEXTS).encode()
+    assert lines(output("classify", "-m", classifier, "--batch-size", 3, stdin=stdin)) == expected
+    best = [{"text": text, "labels": row} for text, row in zip(TEXTS, model(TEXTS, top_k=2), strict=True)]
+    assert lines(output("classify", "-m", classifier, "--top-k", 2, *TEXTS)) == best
+
+
+def test_classify_pairs(classifier: Path) -> None:
+    result = output("classify", "-m", classifier, "--pairs", stdin=b"the cat\ta dog\nwater\toil\n")
+    expected = fastbert.SequenceClassifier(classifier)(["the cat", "water"], ["a dog", "oil"])
+    assert [row["label"] for row in lines(result)] == [row["label"] for row in expected]
+    assert [row["score"] for row in lines(result)] == [row["score"] for row in expected]
+    wrong = run("classify", "-m", classifier, "--pairs", "-i", "-", stdin=b"the cat\ta dog\nwater\n")
+    assert (wrong.returncode, wrong.stdout) == (2, b"")
+    assert b"text 2: expected two texts parted by a tab, got 1" in wrong.stderr
+
+
+def test_rerank(tmp_path: Path) -> None:
+    write_model(tmp_path, architectures=["BertForSequenceClassification"], id2label={"0": "x"}, hidden_size=32)
+    ranked = lines(output("rerank", "-m", tmp_path, "-q", "oil", *TEXTS))
+    assert ranked == fastbert.CrossEncoder(tmp_path).rank("oil", TEXTS, return_documents=True)
+    assert lines(output("rerank", "-m", tmp_path, "-q", "oil", "--top-k", 1, *TEXTS)) == ranked[:1]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["classify", "a"], b"required: -m/--model"),
+        (["rerank", "-m", "x", "a"], b"required: -q/--query"),
+        (["eval", "x", "y", "--task", "imdb"], b"task: expected one of cola, sst2, "),
+        (["eval", "x", "nowhere.tsv", "--task", "sst2"], b"nowhere.tsv: No such file"),
+        (["classify", "-m", "x", "--batch-size", "0", "a"], b"--batch-size: expected at least 1, got 0"),
+    ],
+)
+def test_wrong_task_commands(arguments: list[str], message: bytes) -> None:
+    result = run(*arguments)
+    assert (result.returncode, result.stdout) == (2, b"")
+    assert message in result.stderr and b"Traceback" not in result.stderr
+
+
 # ---- info ----
 
 

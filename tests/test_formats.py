@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fastbert import Encoder
+from fastbert import Encoder, _core
 from fastbert.checkpoint import load_checkpoint
 from tests import formats
-from tests.models import FORMATS, MINIATURES, Model, write_model
+from tests.models import FORMATS, MINIATURES, Model, random_model, write_model
 
 DTYPES = ("F32", "F16", "BF16")
 TEXTS = ["the cat sat on the mat", "a", "no way, people could see that!"]
@@ -90,6 +90,58 @@ def test_miniature_written_by_pytorch(tmp_path: Path, dtype: str, zipped: bool) 
     (tmp_path / "b" / "model.safetensors").unlink()
     torch.save(model.state_dict(), tmp_path / "b" / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
     assert_same_outputs(outputs(tmp_path / "a"), outputs(tmp_path / "b"), dtype)
+
+
+def test_every_half_and_every_order() -> None:
+    """The engine's own conversions: all 65536 half-precision numbers, and each dtype transposed, against float32."""
+    halves = np.arange(1 << 16, dtype="<u2").reshape(1024, 64)
+    config = {"vocab_size": 1024, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 1}
+    model = random_model(**config)
+    tensors = {name: (w.astype(np.float16), "F16", w.shape) for name, w in model.weights.items()}
+    for table in ("position", "token_type"):  # so that the smallest halves count
+        name = f"embeddings.{table}_embeddings.weight"
+        tensors[name] = np.zeros_like(tensors[name][0]), *tensors[name][1:]
+    tensors["embeddings.word_embeddings.weight"] = halves.view(np.float16), "F16", halves.shape
+    batch = np.arange(1024, dtype=np.int32), np.arange(1025, dtype=np.int64)
+
+    def hidden(tensors: dict[str, Any]) -> NDArray[np.uint32]:
+        found = _core.Model(model.config, tensors).forward(*batch, hidden=True)[0]
+        return np.where(np.isnan(found), np.float32(0), found).view(np.uint32)
+
+    def stored(array: NDArray[np.float16], dtype: str) -> NDArray[Any]:
+        if dtype == "BF16":  # the same numbers, but for bits that it has not
+            return (array.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+        return array.astype({"F32": "<f4", "F16": "<f2", "F64": "<f8"}[dtype])
+
+    expected = hidden({name: (array.astype(np.float32), "F32", shape) for name, (array, _, shape) in tensors.items()})
+    assert len(np.unique(expected)) > 1024
+    np.testing.assert_array_equal(hidden(tensors), expected)
+    for dtype in ("F32", "F16", "F64", "BF16"):
+        plain = {name: (stored(array, dtype), dtype, shape) for name, (array, _, shape) in tensors.items()}
+        other = {
+            name: (np.ascontiguousarray(array.T), dtype, shape, (1, shape[0]) if len(shape) == 2 else None)
+            for name, (array, _, shape) in plain.items()
+        }
+        if dtype == "BF16":
+            expected = hidden(plain)
+        np.testing.assert_array_equal(hidden(plain), expected, err_msg=dtype)
+        np.testing.assert_array_equal(hidden(other), expected, err_msg=f"{dtype} transposed")
+
+
+@pytest.mark.parametrize(
+    ("entry", "match"),
+    [
+        ((bytes(12), "F32", (2, 2), (1, 2)), "x: expected 16 bytes for .2, 2. F32, got 12"),
+        ((bytes(20), "F32", (2, 2), (1, 2)), "x: expected 16 bytes"),
+        ((bytes(16), "F32", (2, 2), (1, -2)), "x: expected extents from 0 and as many strides"),
+        ((bytes(16), "F32", (2, -2)), "x: expected extents from 0 and as many strides"),
+        ((bytes(16), "F32", (2, 2), (1,)), "x: expected extents from 0 and as many strides"),
+        ((bytes(4), "F32", (1,) * 5), "x: expected at most 4 dimensions, got 5"),
+    ],
+)
+def test_bad_tensor_of_the_engine(entry: tuple[Any, ...], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        _core.Model(random_model().config, {"x": entry})
 
 
 # ---- which file counts ----
@@ -274,7 +326,7 @@ def test_byte_level_tokenizer(tmp_path: Path) -> None:
 
 LOAD = """
 import resource, sys
-from fastbert import Encoder
+from fastbert import Encoder, _core
 def kilobytes():
     fields = dict(line.split(":") for line in open("/proc/self/status"))
     return int(fields["RssAnon"].split()[0])

@@ -25,6 +25,7 @@ C_ARROWS = {
     "pooling": "fastbert",
     "dispatch": "isa cpu kernels error",
     "weights": "kernels error",
+    "head": "weights threads dispatch error fastbert",
     "crc32c": "",
     "bert": "weights pooling threads dispatch error fastbert",
 }
@@ -35,11 +36,18 @@ KERNEL_ARROWS = {
 
 # module of the package -> modules of the package it may import
 PYTHON_ARROWS = {
-    "__init__": "_core encoder",
+    "__init__": "_core encoder classification token_classification question_answering masked_lm",
     "__main__": "cli",
-    "cli": "_core benchmark encoder",
+    "cli": "_core benchmark encoder classification glue",
     "benchmark": "encoder",
-    "encoder": "_core checkpoint sentence tokenizer hub",
+    "glue": "classification",
+    "classification": "_core heads encoder pretrained sentence tokenizer",
+    "token_classification": "_core heads pretrained tokenizer",
+    "question_answering": "_core heads pretrained tokenizer",
+    "masked_lm": "_core heads pretrained tokenizer",
+    "heads": "_core pretrained checkpoint tokenizer files",
+    "encoder": "_core pretrained sentence tokenizer",
+    "pretrained": "_core checkpoint tensors tokenizer hub",
     "sentence": "checkpoint tensors files",
     "checkpoint": "families safetensors pytorch_bin tensorflow_ckpt tensors files",
     "families": "",

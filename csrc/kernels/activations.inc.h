@@ -67,7 +67,7 @@ static inline vf v_gelu_tanh(vf x)
     return v_sigmoid_times(x, y2);
 }
 
-static inline vf v_act(fb_act act, vf x)
+static inline __attribute__((always_inline)) vf v_act(fb_act act, vf x)
 {
     switch (act) {
     case FB_ACT_GELU: return v_gelu(x);

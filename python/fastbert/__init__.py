@@ -5,13 +5,23 @@ vectors = Encoder().encode(["a sentence", "another"])
 """
 
 from fastbert._core import get_num_threads, set_num_threads
+from fastbert.classification import CrossEncoder, NextSentence, SequenceClassifier
 from fastbert.encoder import EncodeInfo, Encoder, KernelSet, ModelOutput, kernels
+from fastbert.masked_lm import MaskedLM
+from fastbert.question_answering import QuestionAnswerer
+from fastbert.token_classification import TokenClassifier
 
 __all__ = [
+    "CrossEncoder",
     "EncodeInfo",
     "Encoder",
     "KernelSet",
+    "MaskedLM",
     "ModelOutput",
+    "NextSentence",
+    "QuestionAnswerer",
+    "SequenceClassifier",
+    "TokenClassifier",
     "__version__",
     "get_num_threads",
     "kernels",

@@ -90,6 +90,19 @@ cdef extern from "fastbert.h" nogil:
         void *canceled_arg
     fb_status fb_forward(const fb_model *, const fb_batch *, const fb_outputs *, const fb_run_options *, fb_error *)
     size_t fb_scratch_bytes(const fb_model *, int)
+    ctypedef struct fb_head_config:
+        const fb_tensor *weight
+        const fb_tensor *bias
+        fb_act act
+        const fb_tensor *gamma
+        const fb_tensor *beta
+        float layer_norm_eps
+    ctypedef struct fb_head:
+        pass
+    fb_status fb_head_load(const fb_head_config *, const char *, fb_head **, fb_error *)
+    void fb_head_free(fb_head *)
+    void fb_head_run(const fb_head *, ptrdiff_t, const float *, float *, int)
+    fb_status fb_softmax(ptrdiff_t, ptrdiff_t, float *, fb_error *)
     int fb_get_num_threads()
     void fb_set_num_threads(int)
 
@@ -147,6 +160,39 @@ cdef int poll_signals(void *caller) noexcept nogil:
         return PyErr_CheckSignals() != 0
 
 
+cdef object fill_tensor(fb_tensor *tensor, int64_t *tensor_strides, str name, source):
+    """Lets tensor point at source (buffer, dtype, shape[, strides]). Returns what must be kept while it does."""
+    data, dtype, shape, *rest = source
+    cdef const unsigned char[::1] view = memoryview(data).cast("B") if memoryview(data).nbytes else None
+    cdef bytes encoded = name.encode()
+    strides = rest[0] if rest else None
+    lookup(DTYPES, dtype, name)
+    if len(shape) > 4:
+        raise ValueError(f"{name}: expected at most 4 dimensions, got {len(shape)}")
+    if min(shape, default=1) < 0 or min(strides or (), default=0) < 0 or (
+            strides is not None and len(strides) != len(shape)):
+        raise ValueError(f"{name}: expected extents from 0 and as many strides, got {list(shape)}, {strides}")
+    items = math.prod(shape)
+    if strides is not None and items > 0:
+        items = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+    if (0 if view is None else view.shape[0]) != items * ITEM_BYTES[dtype]:
+        raise ValueError(f"{name}: expected {items * ITEM_BYTES[dtype]} bytes for {list(shape)} {dtype}, "
+                         f"got {memoryview(data).nbytes}")
+    tensor.name = encoded
+    tensor.data = NULL if view is None else &view[0]
+    tensor.dtype = <fb_dtype><int>DTYPES[dtype]
+    tensor.rank = len(shape)
+    tensor.mapped = view is not None and memoryview(data).readonly and isinstance(memoryview(data).obj, mmap)
+    for axis, n in enumerate(shape):
+        tensor.shape[axis] = n
+    tensor.strides = NULL
+    if strides is not None:
+        tensor.strides = tensor_strides
+        for axis, stride in enumerate(strides):
+            tensor_strides[axis] = stride
+    return encoded, view
+
+
 cdef class Model:
     """A packed, read-only encoder; forward() may be called from many threads at once.
 
@@ -171,7 +217,6 @@ cdef class Model:
         cdef size_t count = len(tensors), i = 0
         cdef bytes isa_bytes = None if isa is None else isa.encode()
         cdef const char *isa_name = NULL if isa is None else <const char *>isa_bytes
-        cdef const unsigned char[::1] view
         if self.model is not NULL:
             raise TypeError("Model: is loaded already")
         c.vocab_size = config["vocab_size"]
@@ -201,33 +246,8 @@ cdef class Model:
         try:
             if table is NULL or table_strides is NULL:
                 raise MemoryError("tensors")
-            for name, (data, dtype, shape, *rest) in tensors.items():
-                encoded = name.encode()
-                view = memoryview(data).cast("B") if memoryview(data).nbytes else None
-                strides = rest[0] if rest else None
-                lookup(DTYPES, dtype, name)
-                if len(shape) > 4:
-                    raise ValueError(f"{name}: expected at most 4 dimensions, got {len(shape)}")
-                if min(shape, default=1) < 0 or min(strides or (), default=0) < 0:
-                    raise ValueError(f"{name}: expected extents and strides from 0, got {list(shape)}, {strides}")
-                items = math.prod(shape)
-                if strides is not None and items > 0:
-                    items = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
-                if (0 if view is None else view.shape[0]) != items * ITEM_BYTES[dtype]:
-                    raise ValueError(f"{name}: expected {items * ITEM_BYTES[dtype]} bytes for {list(shape)} {dtype}, "
-                                     f"got {memoryview(data).nbytes}")
-                held.append((encoded, view))
-                table[i].name = encoded
-                table[i].data = NULL if view is None else &view[0]
-                table[i].dtype = <fb_dtype><int>DTYPES[dtype]
-                table[i].rank = len(shape)
-                table[i].mapped = view is not None and memoryview(data).readonly and isinstance(memoryview(data).obj, mmap)
-                for axis, n in enumerate(shape):
-                    table[i].shape[axis] = n
-                if strides is not None:
-                    table[i].strides = &table_strides[4 * i]
-                    for axis, stride in enumerate(strides):
-                        table_strides[4 * i + axis] = stride
+            for name, source in tensors.items():
+                held.append(fill_tensor(&table[i], &table_strides[4 * i], name, source))
                 i += 1
             with nogil:
                 status = fb_load(&c, table, count, isa_name, &model, &err)
@@ -336,6 +356,84 @@ cdef class Model:
             if status != FB_OK:
                 raise_status(&err)
         return hidden_array, pooler_array, vectors_array
+
+
+cdef class Linear:
+    """A layer of a task head: act(x W^T + bias), then LayerNorm where norm is given; float32, packed once.
+
+    weight [out, in], bias [out] or None, norm (gamma [out], beta [out]) or None: tensors as Model takes them, (buffer,
+    dtype, shape); their names in messages are those of names, in this order. act: as hidden_act of Model. A row's result
+    has the same bits whatever the other rows are; many threads may use one Linear at once.
+    Raises ValueError naming the tensor and what was expected; MemoryError.
+    """
+
+    cdef fb_head *head
+    cdef readonly Py_ssize_t out_features, in_features
+
+    def __init__(self, weight, bias=None, norm=None, *, act="none", float layer_norm_eps=0,
+                 names=("weight", "bias", "gamma", "beta"), isa=None):
+        cdef fb_tensor tensors[4]
+        cdef int64_t strides[16]
+        cdef fb_head_config c
+        cdef fb_error err
+        cdef fb_status status
+        cdef fb_head *head = NULL
+        cdef bytes isa_bytes = None if isa is None else isa.encode()
+        cdef const char *isa_name = NULL if isa is None else <const char *>isa_bytes
+        if self.head is not NULL:
+            raise TypeError("Linear: is loaded already")
+        gamma, beta = norm or (None, None)
+        held = []  # the names and views that the tensors point into
+        for i, source in enumerate((weight, bias, gamma, beta)):
+            if source is not None:
+                held.append(fill_tensor(&tensors[i], &strides[4 * i], names[i], source))
+        c.weight = &tensors[0]
+        c.bias = NULL if bias is None else &tensors[1]
+        c.gamma = NULL if gamma is None else &tensors[2]
+        c.beta = NULL if beta is None else &tensors[3]
+        c.act = <fb_act>lookup(ACTIVATIONS, act, "act")
+        c.layer_norm_eps = layer_norm_eps
+        with nogil:
+            status = fb_head_load(&c, isa_name, &head, &err)
+        if status != FB_OK:
+            raise_status(&err)
+        self.head = head
+        self.out_features, self.in_features = weight[2]
+
+    def __dealloc__(self):
+        fb_head_free(self.head)
+
+    def __call__(self, const float[:, ::1] x not None, *, int threads=0):
+        """x [rows, in] float32 -> [rows, out] float32. The GIL is released. Raises ValueError for another shape."""
+        cdef Py_ssize_t rows = x.shape[0]
+        cdef float[:, ::1] y
+        if self.head is NULL:
+            raise TypeError("Linear: __init__ was not called")
+        if x.shape[1] != self.in_features:
+            raise ValueError(f"x: expected [rows, {self.in_features}], got [{rows}, {x.shape[1]}]")
+        if threads < 0:
+            raise ValueError(f"threads: expected 0 or more, got {threads}")
+        out = np.empty((rows, self.out_features), np.float32)
+        if rows:
+            y = out
+            with nogil:
+                fb_head_run(self.head, rows, &x[0, 0], &y[0, 0], threads)
+        return out
+
+
+def softmax(const float[:, ::1] x not None):
+    """The softmax of each row: [rows, n] float32, the same bits on every kernel set and in any batch."""
+    cdef fb_error err
+    cdef fb_status status = FB_OK
+    cdef float[:, ::1] y
+    out = np.array(x, np.float32)
+    if out.size:
+        y = out
+        with nogil:
+            status = fb_softmax(y.shape[0], y.shape[1], &y[0, 0], &err)
+    if status != FB_OK:
+        raise_status(&err)
+    return out
 
 
 def crc32c(const unsigned char[::1] data not None):

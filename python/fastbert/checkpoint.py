@@ -124,6 +124,16 @@ class Checkpoint:
     other: dict[str, Tensor]
     """All other tensors (heads), under their names in transformers: classifier.weight, cls.predictions.bias, ..."""
 
+    def find(self, name: str, shape: Iterable[int]) -> Tensor | None:
+        """The tensor of this name, in `tensors` or `other`; None if there is none.
+
+        Raises ValueError, which names folder and tensor, for another shape or dtype.
+        """
+        tensor = self.other.get(name, self.tensors.get(name))
+        if tensor is not None:
+            check_tensor(f"{self.folder}: {name}", tensor, shape)
+        return tensor
+
 
 def load_checkpoint(folder: Path, prefix: Path | None = None) -> Checkpoint:
     """Read config.json (else bert_config.json) and the weights, those of the TensorFlow checkpoint ``prefix`` if given.

@@ -1,4 +1,4 @@
-"""Command line: fastbert encode, fastbert info, fastbert bench; also python -m fastbert.
+"""Command line: fastbert encode, classify, rerank, eval, info, bench; also python -m fastbert.
 
 A command is a row of COMMANDS: its name, what declares its arguments, what runs it. What the user got wrong becomes one
 line on stderr and exit status 2; anything else is a bug and keeps its traceback.
@@ -14,19 +14,21 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
-from itertools import tee
+from itertools import islice, tee
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn, TypeVar
 
 import numpy as np
 
-from fastbert import _core
+from fastbert import _core, glue
 from fastbert.benchmark import PEERS, Run, core_count, cpu_model, fastbert_runner, markdown, measure
+from fastbert.classification import CrossEncoder, SequenceClassifier
 from fastbert.encoder import Encoder, Floats, kernels
 
 EXIT_USAGE = 2  # as argparse
 EXIT_SIGINT, EXIT_SIGPIPE = 128 + 2, 128 + 13  # what a shell reports for a process that the signal ended
 
+Model = TypeVar("Model", Encoder, SequenceClassifier, CrossEncoder)
 Rows = Iterable[tuple[str, Floats]]
 
 
@@ -68,9 +70,19 @@ def _complain(text: str) -> int:
 # ---- the model ----
 
 
-def _add_model_arguments(parser: argparse.ArgumentParser, default: str) -> None:
-    parser.add_argument("-m", "--model", help=f"folder or hub id (default: {default})")
-    parser.add_argument("--precision", choices=("fp32", "int8"), default="fp32", help="default: fp32")
+PRECISIONS = ("fp32", "int8")
+ON_LONG = ("truncate", "warn", "error")
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """default None: --model must be given."""
+    what = "folder or hub id" + (f" (default: {default})" if default else "")
+    parser.add_argument("-m", "--model", required=default is None, help=what)
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="default: fp32")
+    _add_load_arguments(parser)
+
+
+def _add_load_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, metavar="N", help="threads per call (default: what the machine grants)")
     parser.add_argument("--max-seq-length", type=int, metavar="N", help="tokens per text (default: the model's)")
     _add_hub_arguments(parser)
@@ -82,17 +94,30 @@ def _add_hub_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--local-files-only", action="store_true", help="never ask the hub")
 
 
-def _load(args: argparse.Namespace) -> Encoder:
-    options = ("precision", "threads", "max_seq_length", "revision", "cache_dir", "local_files_only")
-    return Encoder(args.model, **{name: getattr(args, name) for name in options})
+def _load(kind: type[Model], args: argparse.Namespace, **options: Any) -> Model:
+    names = ("precision", "threads", "max_seq_length", "revision", "cache_dir", "local_files_only")
+    return kind(args.model, **{name: getattr(args, name) for name in names} | options)
+
+
+def _add_on_long(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--on-long",
+        choices=ON_LONG,
+        default="truncate",
+        help="what becomes of a text of too many tokens (default: truncate)",
+    )
+
+
+def _add_text_arguments(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("texts", nargs="*", metavar="TEXT", help=f"{what} (default: lines of standard input)")
+    parser.add_argument("-i", "--input", metavar="FILE", help="UTF-8, one text per line; - is standard input")
 
 
 # ---- encode ----
 
 
 def _add_encode_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("texts", nargs="*", metavar="TEXT", help="texts to embed (default: lines of standard input)")
-    parser.add_argument("-i", "--input", metavar="FILE", help="UTF-8, one text per line; - is standard input")
+    _add_text_arguments(parser, "texts to embed")
     parser.add_argument("-o", "--output", metavar="FILE", help="written whole or not at all (default: standard output)")
     parser.add_argument("-f", "--format", choices=FORMATS, help="default: what FILE ends in, else jsonl")
     parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="texts in work at once (default: 256)")
@@ -105,12 +130,7 @@ def _add_encode_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="scale vectors to unit length; --no- adds nothing to what the model itself does (default: what it says)",
     )
-    parser.add_argument(
-        "--on-long",
-        choices=("truncate", "warn", "error"),
-        default="truncate",
-        help="what becomes of a text of too many tokens (default: truncate)",
-    )
+    _add_on_long(parser)
     _add_model_arguments(parser, "sentence-transformers/all-MiniLM-L6-v2")
 
 
@@ -119,7 +139,7 @@ def _encode(args: argparse.Namespace) -> None:
     suffix = Path(args.output or "").suffix.removeprefix(".")
     write = FORMATS[args.format or (suffix if suffix in FORMATS else "jsonl")]
     with _open_texts(args) as texts:
-        encoder = _load(args)
+        encoder = _load(Encoder, args)
         shown, embedded = tee(texts)  # holds the texts of one batch
         vectors = encoder.iter_encode(
             embedded,
@@ -214,6 +234,77 @@ FORMATS: dict[str, Callable[[BinaryIO, Rows, int], None]] = {
 }
 
 
+# ---- classify, rerank, eval ----
+
+
+def _add_classify_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_text_arguments(parser, "texts to classify; with --pairs two to an example, parted by a tab")
+    parser.add_argument("--pairs", action="store_true", help="each text is two, parted by a tab")
+    parser.add_argument("--top-k", type=int, metavar="N", help="the N best labels of each text (default: the best)")
+    parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="texts in work at once (default: 256)")
+    _add_on_long(parser)
+    _add_model_arguments(parser)
+
+
+def _classify(args: argparse.Namespace) -> None:
+    """Print the labels of texts, a line of JSON for each."""
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size: expected at least 1, got {args.batch_size}")
+    with _open_texts(args) as texts:
+        classifier = _load(SequenceClassifier, args)
+        first = 1
+        while part := list(islice(texts, args.batch_size)):
+            columns = [text.split("\t") for text in part] if args.pairs else [[text] for text in part]
+            for number, cells in enumerate(columns, first):
+                if len(cells) != 1 + args.pairs:
+                    raise ValueError(f"text {number}: expected two texts parted by a tab, got {len(cells)}")
+            results = classifier(*map(list, zip(*columns, strict=True)), top_k=args.top_k or 1, on_long=args.on_long)
+            for text, result in zip(part, results, strict=True):
+                answer = result if isinstance(result, dict) else {"labels": result}
+                print(json.dumps({"text": text} | answer, ensure_ascii=False), flush=True)
+            first += len(part)
+
+
+def _add_rerank_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-q", "--query", required=True, help="what the texts are ranked by")
+    _add_text_arguments(parser, "texts to rank")
+    parser.add_argument("--top-k", type=int, metavar="N", help="the N best alone")
+    _add_on_long(parser)
+    _add_model_arguments(parser)
+
+
+def _rerank(args: argparse.Namespace) -> None:
+    """Print texts by their score with a query, best first, a line of JSON for each."""
+    with _open_texts(args) as texts:
+        encoder = _load(CrossEncoder, args)
+        for result in encoder.rank(args.query, list(texts), args.top_k, True, on_long=args.on_long):
+            print(json.dumps(result, ensure_ascii=False))
+
+
+def _add_eval_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="folder or hub id of a classifier")
+    parser.add_argument("data", metavar="DATA", help="a labelled .tsv file of the task, as in GLUE's download")
+    parser.add_argument("--task", required=True, metavar="TASK", help=", ".join(glue.TASKS))
+    parser.add_argument("--labels", metavar="A,B,...", help="what the model's outputs mean (default: what it says)")
+    parser.add_argument("--precision", choices=PRECISIONS, nargs="+", default=PRECISIONS, help="default: both")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    _add_on_long(parser)
+    _add_load_arguments(parser)
+
+
+def _eval(args: argparse.Namespace) -> None:
+    """Measure a classifier by the official metric of a GLUE task."""
+    examples = glue.read(args.data, args.task)
+    labels = args.labels.split(",") if args.labels else None
+    report = {"task": args.task, "examples": len(examples.texts)} | {
+        precision: glue.evaluate(
+            _load(SequenceClassifier, args, precision=precision), examples, args.task, labels, on_long=args.on_long
+        )
+        for precision in args.precision
+    }
+    print(json.dumps(report) if args.json else "\n".join(_table(report)))
+
+
 # ---- info ----
 
 
@@ -235,7 +326,7 @@ def _info(args: argparse.Namespace) -> None:
         "threads": _core.get_num_threads(),
     }
     if args.model is not None:
-        report["model"] = _load(args).info()
+        report["model"] = _load(Encoder, args).info()
     print(json.dumps(report, indent=2, ensure_ascii=False) if args.json else "\n".join(_table(report)))
 
 
@@ -248,6 +339,7 @@ def _table(report: dict[str, Any], indent: str = "") -> Iterator[str]:
             yield f"{indent}{name.removesuffix('_bytes'):24} {value / 1e6:.1f} MB"
         else:
             text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            text = f"{value:.4g}" if isinstance(value, float) else text
             yield f"{indent}{name:24} {text or '-'}"
 
 
@@ -324,6 +416,9 @@ def _bench(args: argparse.Namespace) -> None:
 
 COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], None]]] = {
     "encode": (_add_encode_arguments, _encode),
+    "classify": (_add_classify_arguments, _classify),
+    "rerank": (_add_rerank_arguments, _rerank),
+    "eval": (_add_eval_arguments, _eval),
     "info": (_add_info_arguments, _info),
     "bench": (_add_bench_arguments, _bench),
 }

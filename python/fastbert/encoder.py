@@ -6,13 +6,8 @@ Texts are taken a step at a time, so memory does not grow with their number. A s
 has the same bits in any of them.
 """
 
-import logging
-import operator
 import os
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
 from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
@@ -21,15 +16,10 @@ from typing import Any, Literal, NamedTuple, overload
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastbert import _core, hub
-from fastbert.checkpoint import load_checkpoint
+from fastbert import _core
+from fastbert.pretrained import Floats, LongTexts, Pretrained, one_of, positive, progress_bar
 from fastbert.sentence import load_sentence_config
-from fastbert.tokenizer import Tokenizer, check_texts, load_tokenizer
-
-logger = logging.getLogger("fastbert")
-logger.addHandler(logging.NullHandler())
-
-Floats = NDArray[np.float32]
+from fastbert.tokenizer import Tokenizer, check_texts
 
 # Texts of one step of encode, in units of batch_size: the engine runs the longest texts of a step first, so that with
 # several batches in a step no thread waits for one long text.
@@ -72,7 +62,7 @@ class _Plan(NamedTuple):
     tokens: bool  # token embeddings, not sentence vectors
     dim: int
     rescale: bool  # to unit length, beyond what the model itself does
-    on_long: str
+    long: LongTexts
     count_cut: bool  # the tokens that cut texts had
 
 
@@ -96,7 +86,7 @@ def kernels() -> list[KernelSet]:
     return [KernelSet(name, supported, name == chosen) for name, supported in _core.isas()]
 
 
-class Encoder:
+class Encoder(Pretrained):
     """A BERT encoder on this CPU: sentence vectors and hidden states in float32.
 
     Many threads may use one Encoder at once; it survives fork; it pickles as model name and options (a few hundred
@@ -138,6 +128,8 @@ class Encoder:
         A file or an argument is wrong; the text names it and says what was expected.
     """
 
+    _state = ("prompts", "default_prompt_name", "similarity_fn_name")
+
     def __init__(
         self,
         model: str | os.PathLike[str] | None = None,
@@ -150,30 +142,25 @@ class Encoder:
         local_files_only: bool = False,
         token: str | bool | None = None,
     ) -> None:
-        self.precision = _one_of("precision", precision, ("fp32", "int8"))
-        self.threads = None if threads is None else _count("threads", threads)
-        self._hub: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        self.folder = hub.resolve(model, **self._hub, token=token)
-        """Where the files were read from: a folder, an archive, or the prefix of a TensorFlow checkpoint."""
-        is_path = model is not None and Path(model).expanduser() == self.folder
-        self.model = str(self.folder.absolute()) if is_path else model or hub.DEFAULT_MODEL
-        """The hub id, or the path in full."""
-
-        with hub.open_model(self.folder) as (folder, prefix):
-            self._load(folder, prefix, max_seq_length)
+        super().__init__(
+            model,
+            precision,
+            threads,
+            max_seq_length,
+            token,
+            revision=revision,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
 
     def _load(self, folder: Path, prefix: Path | None, max_seq_length: int | None) -> None:
         sentence = load_sentence_config(folder)
-        checkpoint = load_checkpoint(sentence.transformer_folder, prefix)
-        self.config = checkpoint.config
-        self.tokenizer = load_tokenizer(
+        checkpoint = self._read(
             sentence.transformer_folder,
-            vocab_size=self.config.vocab_size,
-            max_position_embeddings=self.config.max_position_embeddings,
-            max_seq_length=max_seq_length,
+            prefix,
+            max_seq_length,
             default_max_seq_length=sentence.max_seq_length,
             do_lower_case=sentence.do_lower_case,
-            type_vocab_size=self.config.type_vocab_size,
         )
         self.pooling = sentence.pooling
         self.dense = tuple(layer.activation for layer in sentence.dense)
@@ -184,17 +171,11 @@ class Encoder:
             tensors[f"dense.{i}.weight"] = layer.weight
             if layer.bias is not None:
                 tensors[f"dense.{i}.bias"] = layer.bias
-        head = {"precision": self.precision, "pooling": self.pooling, "dense": self.dense, "normalize": self.normalize}
-        self._model = _core.Model(asdict(self.config) | head, tensors)
+        self._build(tensors, pooling=self.pooling, dense=self.dense, normalize=self.normalize)
 
         self.prompts = {"query": "", "document": ""} | sentence.prompts
         self.default_prompt_name = sentence.default_prompt_name
         self.similarity_fn_name = sentence.similarity_fn_name
-
-    @classmethod
-    def from_pretrained(cls, model: str | os.PathLike[str] | None = None, **options: Any) -> "Encoder":
-        """The same call as `Encoder(model, **options)`."""
-        return cls(model, **options)
 
     # ---- texts ----
 
@@ -276,19 +257,18 @@ class Encoder:
         plan = self._plan(
             prompt_name, prompt, output_value, precision, normalize_embeddings, truncate_dim, on_long, return_info
         )
-        size = BATCHES_PER_STEP * _count("batch_size", batch_size)
+        size = BATCHES_PER_STEP * positive("batch_size", batch_size)
         texts, single = check_texts(inputs)
         result: Any = [] if plan.tokens else np.empty((len(texts), plan.dim), np.float32)
         info = EncodeInfo(np.empty(len(texts), np.int64), np.empty(len(texts), np.bool_)) if return_info else None
         done = 0
-        with _progress_bar(len(texts), show_progress_bar) as progress:
+        with progress_bar(len(texts), show_progress_bar) as progress:
             for step in self._steps(texts, size, plan):
                 part = slice(done, done + len(step.rows))
                 result[part] = step.rows
                 if info is not None:
                     info.token_counts[part], info.truncated[part] = step.counts, step.truncated
-                if progress is not None:
-                    progress.update(len(step.rows))
+                progress(len(step.rows))
                 done = part.stop
         if not convert_to_numpy:
             result = list(result)
@@ -339,7 +319,7 @@ class Encoder:
         if isinstance(inputs, str | bytes):
             raise TypeError(f"inputs: expected an iterable of str, got {type(inputs).__name__}")
         plan = self._plan(prompt_name, prompt, output_value, precision, normalize_embeddings, truncate_dim, on_long)
-        steps = self._steps(_strings(inputs), _count("batch_size", batch_size), plan)
+        steps = self._steps(_strings(inputs), positive("batch_size", batch_size), plan)
         return (row for step in steps for row in step.rows)
 
     def _plan(
@@ -353,16 +333,15 @@ class Encoder:
         on_long: str,
         return_info: bool = False,
     ) -> _Plan:
-        _one_of("precision", precision, ("float32",))
-        _one_of("on_long", on_long, ("truncate", "warn", "error"))
-        tokens = _one_of("output_value", output_value, ("sentence_embedding", "token_embeddings")) == "token_embeddings"
+        one_of("precision", precision, ("float32",))
+        tokens = one_of("output_value", output_value, ("sentence_embedding", "token_embeddings")) == "token_embeddings"
         if tokens and (normalize_embeddings or truncate_dim is not None):
             raise ValueError(
                 "normalize_embeddings, truncate_dim: expected neither with output_value='token_embeddings'"
             )
         if prompt is None:
             name = self.default_prompt_name if prompt_name is None else prompt_name
-            prompt = "" if name is None else self.prompts[_one_of("prompt_name", name, self.prompts)]
+            prompt = "" if name is None else self.prompts[one_of("prompt_name", name, self.prompts)]
         if not isinstance(prompt, str):
             raise TypeError(f"prompt: expected str, got {type(prompt).__name__}")
         if prompt and not self._include_prompt:
@@ -371,7 +350,7 @@ class Encoder:
                 f"pooling config.json), which is not supported; expected no prompt, got {prompt!r}"
             )
         full = self._model.vector_dim
-        dim = full if truncate_dim is None else _count("truncate_dim", truncate_dim, full)
+        dim = full if truncate_dim is None else positive("truncate_dim", truncate_dim, full)
         unit = self.normalize if normalize_embeddings is None else normalize_embeddings
         return _Plan(
             self.tokenizer,
@@ -379,29 +358,21 @@ class Encoder:
             tokens,
             dim,
             rescale=unit and (dim < full or not self.normalize),
-            on_long=on_long,
+            long=LongTexts(on_long),
             count_cut=return_info or on_long != "truncate",
         )
 
     def _steps(self, texts: Iterable[str], size: int, plan: _Plan) -> Iterator[_Step]:
         """What becomes of `size` texts at a time."""
         texts = iter(texts)
-        first, silent = 0, plan.on_long == "truncate"
+        first = 0
         while part := [plan.prompt + text for text in islice(texts, size)]:
             batch = plan.tokenizer.encode_batch(part)
             counts = batch.offsets[1:] - batch.offsets[:-1]
             if plan.count_cut and batch.truncated.any():
                 cut = np.flatnonzero(batch.truncated)
                 counts[cut] = plan.tokenizer.count_tokens([part[i] for i in cut])
-                if not silent:
-                    message = (
-                        f"inputs[{first + cut[0]}]: expected at most {plan.tokenizer.max_seq_length} tokens "
-                        f"(max_seq_length), got {counts[cut[0]]}"
-                    )
-                    if plan.on_long == "error":
-                        raise ValueError(message)
-                    warnings.warn(f"{message}; it is cut, as is every longer text after it", stacklevel=3)
-                    silent = True
+                plan.long.report(first + int(cut[0]), plan.tokenizer.max_seq_length, int(counts[cut[0]]))
             hidden, _, vectors = self._model.forward(
                 batch.ids,
                 batch.offsets,
@@ -522,7 +493,7 @@ class Encoder:
         Raises ValueError for other shapes.
         """
         a, b = _two_matrices(embeddings1, embeddings2)
-        _, all_with_all = _SIMILARITIES[_one_of("similarity_fn_name", self.similarity_fn_name, _SIMILARITIES)]
+        _, all_with_all = _SIMILARITIES[one_of("similarity_fn_name", self.similarity_fn_name, _SIMILARITIES)]
         return all_with_all(a, b)
 
     def similarity_pairwise(self, embeddings1: ArrayLike, embeddings2: ArrayLike) -> Floats:
@@ -530,19 +501,10 @@ class Encoder:
         a, b = _two_matrices(embeddings1, embeddings2)
         if len(a) != len(b):
             raise ValueError(f"embeddings2: expected {len(a)} rows, got {len(b)}")
-        same_index, _ = _SIMILARITIES[_one_of("similarity_fn_name", self.similarity_fn_name, _SIMILARITIES)]
+        same_index, _ = _SIMILARITIES[one_of("similarity_fn_name", self.similarity_fn_name, _SIMILARITIES)]
         return same_index(a, b)
 
     # ---- what it is ----
-
-    @property
-    def max_seq_length(self) -> int:
-        """Tokens that a text is cut to, [CLS] and [SEP] included. May be set, up to the model's positions."""
-        return self.tokenizer.max_seq_length
-
-    @max_seq_length.setter
-    def max_seq_length(self, value: int) -> None:
-        self.tokenizer = self.tokenizer.with_max_seq_length(value)
 
     def get_max_seq_length(self) -> int:
         """`max_seq_length`, under its name in sentence-transformers."""
@@ -557,22 +519,14 @@ class Encoder:
     def info(self) -> dict[str, Any]:
         """What was loaded and how it runs, ready for JSON. Names that end in _bytes count bytes."""
         threads = self.threads or _core.get_num_threads()
-        return {
-            "model": self.model,
-            "folder": str(self.folder),
-            "precision": self.precision,
-            **asdict(self.config),
+        return self._info() | {
             "pooling": list(self.pooling),
             "dense": list(self.dense),
             "normalize": self.normalize,
             "embedding_dimension": self.get_embedding_dimension(),
-            "has_pooler": self._model.has_pooler,
-            "max_seq_length": self.max_seq_length,
             "prompts": dict(self.prompts),
             "default_prompt_name": self.default_prompt_name,
             "similarity_fn_name": self.similarity_fn_name,
-            "isa": self._model.isa,
-            "gemm": self._model.gemm,
             "threads": threads,
             "weights_bytes": self._model.weights_bytes,
             "scratch_bytes": self._model.scratch_bytes(threads),
@@ -585,7 +539,7 @@ class Encoder:
         whatever the batch; input_bytes, ids, token types and offsets; hidden_bytes, last_hidden_state where it is asked
         for. Sentence vectors are the caller's: 4 * dim bytes a text.
         """
-        tokens = _count("max_batch_tokens", max_batch_tokens)
+        tokens = positive("max_batch_tokens", max_batch_tokens)
         return {
             "weights_bytes": self._model.weights_bytes,
             "scratch_bytes": self._model.scratch_bytes(self.threads or 0),
@@ -593,40 +547,8 @@ class Encoder:
             "hidden_bytes": 4 * self._model.hidden_size * tokens,
         }
 
-    def __repr__(self) -> str:
-        shape = f"layers={self.config.num_hidden_layers}, hidden_size={self.config.hidden_size}"
-        return f"{type(self).__name__}({self.model!r}, {shape}, precision={self.precision!r}, isa={self._model.isa!r})"
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        load = partial(
-            type(self),
-            self.model,
-            precision=self.precision,
-            threads=self.threads,
-            max_seq_length=self.max_seq_length,
-            **self._hub,
-        )
-        names = ("prompts", "default_prompt_name", "similarity_fn_name")
-        return load, (), {name: getattr(self, name) for name in names}
-
 
 # ---- checks ----
-
-
-def _one_of(name: str, value: Any, choices: Iterable[str]) -> Any:
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(choices) or 'none'}, got {value!r}")
-    return value
-
-
-def _count(name: str, value: Any, most: int | None = None) -> int:
-    try:
-        count = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name}: expected a whole number, got {type(value).__name__}") from None
-    if count < 1 or (most is not None and count > most):
-        raise ValueError(f"{name}: expected {'at least 1' if most is None else f'1 to {most}'}, got {value}")
-    return count
 
 
 def _strings(inputs: Iterable[str]) -> Iterator[str]:
@@ -655,15 +577,6 @@ def _integers(
         place = tuple(np.argwhere(wrong)[0].tolist())
         raise ValueError(f"{name}[{', '.join(map(str, place))}]: expected 0 to {end - 1}, got {array[place]}")
     return np.ascontiguousarray(array, dtype)
-
-
-def _progress_bar(total: int, shown: bool | None) -> AbstractContextManager[Any]:
-    """Gives a bar of texts, or None."""
-    if logger.isEnabledFor(logging.INFO) if shown is None else shown:
-        from tqdm.auto import tqdm
-
-        return tqdm(total=total, desc="Texts", unit="text")
-    return nullcontext()
 
 
 # ---- vectors ----

@@ -12,6 +12,7 @@ vectors and cannot be computed here is refused by name.
 
 import os
 import reprlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -32,6 +33,9 @@ _POOLING = (
     ("lasttoken", "pooling_mode_lasttoken", "lasttoken"),
 )
 POOLING_MODES = tuple(name for name, _, _ in _POOLING)
+
+# Class of torch.nn -> what makes scores of a cross-encoder's logits.
+_SCORE_ACTIVATIONS = {"Identity": "none", "Sigmoid": "sigmoid"}
 
 # Class of torch.nn -> activation. nn.GELU is the erf form.
 _DENSE_ACTIVATIONS = {"Identity": "none", "Tanh": "tanh", "GELU": "gelu", "ReLU": "relu", "SiLU": "silu"}
@@ -145,6 +149,54 @@ def load_sentence_config(folder: Path) -> SentenceConfig:
     )
 
 
+@dataclass(frozen=True)
+class CrossEncoderConfig:
+    """What sentence-transformers adds to a cross-encoder."""
+
+    activation: str | None
+    """What makes scores of logits: "sigmoid" or "none"; None where no file says."""
+    prompts: dict[str, str]
+    default_prompt_name: str | None
+
+
+def load_cross_encoder_config(folder: Path, config: Mapping[str, Any]) -> CrossEncoderConfig:
+    """Read what stands beside a cross-encoder; `config` is its config.json. Errors as in load_sentence_config."""
+    modules_path, path = folder / "modules.json", folder / "config_sentence_transformers.json"
+    modules = _modules(modules_path) if os.path.lexists(modules_path) else [("Transformer", folder)]
+    if modules != [("Transformer", folder)]:
+        raise ValueError(
+            f"{modules_path}: expected the module Transformer in this folder alone, "
+            f"got {', '.join(f'{kind} ({place})' for kind, place in modules) or 'none'}"
+        )
+    extra = read_optional_json(path)
+    require(path, extra, {"model_type": ("CrossEncoder", None)})
+    section = config.get("sentence_transformers") or {}
+    if not isinstance(section, dict):
+        raise ValueError(f"{folder / 'config.json'}: sentence_transformers: expected an object, got {section!r:.99}")
+    places = (  # later versions first
+        (path, "activation_fn", extra.get("activation_fn")),
+        (folder / "config.json", "sentence_transformers: activation_fn", section.get("activation_fn")),
+        (
+            folder / "config.json",
+            "sbert_ce_default_activation_function",
+            config.get("sbert_ce_default_activation_function"),
+        ),
+    )
+    activation = None
+    for where, key, value in places:
+        if value is not None:
+            package, _, name = str(value).rpartition(".")
+            if not f"{package}.".startswith("torch.nn.") or name not in _SCORE_ACTIVATIONS:
+                raise ValueError(
+                    f"{where}: {key}: expected one of {', '.join(_SCORE_ACTIVATIONS)} of torch.nn, "
+                    f"got {reprlib.repr(value)}"
+                )
+            activation = _SCORE_ACTIVATIONS[name]
+            break
+    prompts, default = _prompts(path, extra)
+    return CrossEncoderConfig(activation, prompts, default)
+
+
 def _modules(path: Path) -> list[tuple[str, Path]]:
     """(class, folder) of each module, in the order in which they run."""
     modules = []
@@ -239,6 +291,17 @@ def _load_prompts(path: Path) -> dict[str, Any]:
     """prompts, default_prompt_name and similarity_fn_name."""
     config = read_optional_json(path)
     require(path, config, {"model_type": ("SentenceTransformer", None)})
+    prompts, default = _prompts(path, config)
+    similarity = config.get("similarity_fn_name") or "cosine"
+    if similarity not in SIMILARITIES:
+        raise ValueError(
+            f"{path}: similarity_fn_name: expected one of {', '.join(SIMILARITIES)}, got {reprlib.repr(similarity)}"
+        )
+    return {"prompts": prompts, "default_prompt_name": default, "similarity_fn_name": similarity}
+
+
+def _prompts(path: Path, config: Mapping[str, Any]) -> tuple[dict[str, str], str | None]:
+    """prompts and default_prompt_name."""
     prompts = config.get("prompts") or {}
     if not isinstance(prompts, dict) or not all(isinstance(text, str | None) for text in prompts.values()):
         raise ValueError(f"{path}: prompts: expected an object of strings, got {reprlib.repr(prompts)}")
@@ -249,9 +312,4 @@ def _load_prompts(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path}: default_prompt_name: expected one of {', '.join(sorted(names))}, got {reprlib.repr(default)}"
         )
-    similarity = config.get("similarity_fn_name") or "cosine"
-    if similarity not in SIMILARITIES:
-        raise ValueError(
-            f"{path}: similarity_fn_name: expected one of {', '.join(SIMILARITIES)}, got {reprlib.repr(similarity)}"
-        )
-    return {"prompts": prompts, "default_prompt_name": default, "similarity_fn_name": similarity}
+    return prompts, default

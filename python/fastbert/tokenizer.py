@@ -10,7 +10,9 @@ case, accents or Chinese characters, the former wins, as in transformers.
 import copy
 import string
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -49,6 +51,40 @@ class TokenBatch(NamedTuple):
     """[batch] whether the text had more than max_seq_length tokens."""
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of a text or pair, or of a piece of it: an entry per token in each list, special tokens included."""
+
+    ids: list[int]
+    type_ids: list[int]
+    texts: list[str]
+    """As in the vocabulary."""
+    offsets: list[tuple[int, int]]
+    """First character and the one after the last, in the text that the token is of."""
+    words: list[int | None]
+    """Which word of its text; None for special tokens."""
+    sequences: list[int | None]
+    """0 for the first text, 1 for the second of a pair; None for special tokens."""
+    special: list[int]
+    truncated: bool
+
+
+def to_batch(parts: Sequence[Tokens]) -> TokenBatch:
+    """The tokens of all parts in one row."""
+    return _ragged([t.ids for t in parts], [t.type_ids for t in parts], [t.truncated for t in parts])
+
+
+def _ragged(ids: list[list[int]], type_ids: list[list[int]] | None, truncated: list[bool]) -> TokenBatch:
+    offsets = np.array([0, *accumulate(map(len, ids))], np.int64)
+    tokens = int(offsets[-1])
+
+    def flat(rows: list[list[int]]) -> NDArray[np.int32]:
+        return np.fromiter(chain.from_iterable(rows), np.int32, tokens)
+
+    types = np.zeros(tokens, np.int32) if type_ids is None else flat(type_ids)
+    return TokenBatch(flat(ids), types, offsets, np.array(truncated, np.bool_))
+
+
 class Tokenizer:
     """Made by load_tokenizer. Immutable: many threads may use one at once.
 
@@ -56,6 +92,8 @@ class Tokenizer:
     ----------
     max_seq_length : int
         Tokens that a text is cut to, special tokens included.
+    special_ids : dict of str to int or None
+        The ids of "unk", "cls", "sep", "pad" and "mask"; None for one that the vocabulary lacks.
     """
 
     def __init__(
@@ -63,10 +101,13 @@ class Tokenizer:
         backend: "tokenizers.Tokenizer",
         max_seq_length: int,
         max_position_embeddings: int,
+        special_tokens: Mapping[str, str],
         type_vocab_size: int = 2,
     ) -> None:
         backend.enable_truncation(max_seq_length)
         self.max_seq_length = max_seq_length
+        self.special_ids = {role: backend.token_to_id(token) for role, token in special_tokens.items()}
+        self._special_tokens = special_tokens
         self._backend = backend
         self._max_position_embeddings = max_position_embeddings
         self._breaks = _breaks(backend)
@@ -77,7 +118,9 @@ class Tokenizer:
         """This tokenizer with another limit. Raises ValueError where the model has not as many positions."""
         _check_length(self._backend, max_seq_length, self._max_position_embeddings)
         backend = copy.deepcopy(self._backend)
-        return Tokenizer(backend, max_seq_length, self._max_position_embeddings, self._type_vocab_size)
+        return Tokenizer(
+            backend, max_seq_length, self._max_position_embeddings, self._special_tokens, self._type_vocab_size
+        )
 
     def encode_batch(
         self, texts: Sequence[str], pairs: Sequence[str] | None = None, *, parallel: bool = False
@@ -97,24 +140,103 @@ class Tokenizer:
             done by the calling thread. The result is the same.
         """
         encodings = self._encode(texts, pairs, parallel)
-        lengths = [len(encoding) for encoding in encodings]
-        offsets = np.array([0, *accumulate(lengths)], np.int64)
-        ids = np.array([token for e in encodings for token in e.ids], np.int32)
-        if self._type_vocab_size == 1 or (pairs is None and self._one_type):
-            type_ids = np.zeros(len(ids), np.int32)
-        else:
-            type_ids = np.array([kind for e in encodings for kind in e.type_ids], np.int32)
-        truncated = [n == self.max_seq_length and bool(e.overflowing) for n, e in zip(lengths, encodings, strict=True)]
-        return TokenBatch(ids, type_ids, offsets, np.array(truncated, np.bool_))
+        one_type = self._type_vocab_size == 1 or (pairs is None and self._one_type)
+        return _ragged(
+            [encoding.ids for encoding in encodings],
+            None if one_type else [encoding.type_ids for encoding in encodings],
+            [self._is_cut(encoding) for encoding in encodings],
+        )
 
-    def count_tokens(self, texts: Sequence[str]) -> NDArray[np.int64]:
-        """Tokens of each whole text, special tokens included, before any cut: [len(texts)]."""
-        special = self._backend.num_special_tokens_to_add(False)
-        counts = [
-            sum(len(part) - special for part in (e, *e.overflowing)) + special
-            for e in _run(self._backend, texts, None, False)
-        ]
-        return np.array(counts, np.int64)
+    def encode(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[Tokens]:
+        """As encode_batch, with all that is known of each token."""
+        return [self._tokens(encoding, self._is_cut(encoding)) for encoding in self._encode(texts, pairs, False)]
+
+    def windows(
+        self, text: str, pair: str | None = None, *, stride: int | None = None, length: int | None = None
+    ) -> list[Tokens]:
+        """All of a long text in pieces that overlap, special tokens around each. Of a pair the second text is cut up.
+
+        Parameters
+        ----------
+        text : str
+        pair : str, optional
+            The first text then stands whole in each piece.
+        stride : int, optional
+            Tokens that a piece shares with the one before. Default: at most 128, at most half of a piece.
+        length : int, optional
+            Tokens of a piece, special ones included, at most the model's positions. Default: max_seq_length.
+
+        Raises
+        ------
+        ValueError
+            ``length`` is out of range, the first text of a pair leaves no room, or ``stride`` does not fit.
+        """
+        length = self.max_seq_length if length is None else length
+        _check_length(self._backend, length, self._max_position_embeddings)
+        encoding = _run(self._whole, [text], None if pair is None else [pair], False)[0]
+        parted = [i for i, sequence in enumerate(encoding.sequence_ids) if sequence == (pair is not None)]
+        n = len(parted)
+        room = length - len(encoding) + n
+        if room < 1:
+            raise ValueError(
+                f"expected a text that leaves room for the other of the pair in {length} tokens, "
+                f"got one of {len(encoding) - n}, special tokens included"
+            )
+        if stride is None:
+            stride = min(length // 2, 128)
+            stride = stride if stride < room else room // 2
+        count("stride", "tokens", stride, 0, room - 1)
+        begin, end = (parted[0], parted[-1] + 1) if parted else (len(encoding), len(encoding))
+        head, tail = range(begin), range(end, len(encoding))
+        starts = range(begin, max(end - stride, begin + 1), room - stride)
+        return [self._tokens(encoding, False, [*head, *range(a, min(a + room, end)), *tail]) for a in starts]
+
+    def token(self, token_id: int) -> str | None:
+        """The text of a token, as in the vocabulary."""
+        return self._backend.id_to_token(token_id)
+
+    def token_id(self, token: str) -> int | None:
+        return self._backend.token_to_id(token)
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        """Text from ids."""
+        return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def join(self, tokens: Sequence[str]) -> str:
+        """Text from tokens: word pieces are joined, words stand apart."""
+        return self._backend.decoder.decode(list(tokens))
+
+    @property
+    def subword_prefix(self) -> str:
+        """What a piece that continues a word begins with: "##"; empty where the model has no such mark."""
+        return getattr(self._backend.model, "continuing_subword_prefix", None) or ""
+
+    def count_tokens(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> NDArray[np.int64]:
+        """Tokens of each whole text or pair, special tokens included, before any cut: [len(texts)]."""
+        return np.array([len(encoding) for encoding in _run(self._whole, texts, pairs, False)], np.int64)
+
+    @cached_property
+    def _whole(self) -> "tokenizers.Tokenizer":
+        """The same without a limit."""
+        backend = copy.deepcopy(self._backend)
+        backend.no_truncation()
+        return backend
+
+    def _tokens(self, encoding: "tokenizers.Encoding", truncated: bool, places: Sequence[int] | None = None) -> Tokens:
+        """Those at `places`, all unless given."""
+        lists = (
+            encoding.ids,
+            [0] * len(encoding) if self._type_vocab_size == 1 else encoding.type_ids,
+            encoding.tokens,
+            encoding.offsets,
+            encoding.word_ids,
+            encoding.sequence_ids,
+            encoding.special_tokens_mask,
+        )
+        return Tokens(*(lists if places is None else ([entry[i] for i in places] for entry in lists)), truncated)
+
+    def _is_cut(self, encoding: "tokenizers.Encoding") -> bool:
+        return len(encoding) == self.max_seq_length and bool(encoding.overflowing)
 
     def _encode(self, texts: Sequence[str], pairs: Sequence[str] | None, parallel: bool) -> "list[tokenizers.Encoding]":
         if pairs is not None:
@@ -139,22 +261,22 @@ class Tokenizer:
         return text[:end] if end > 0 else text
 
 
-def check_texts(inputs: Any) -> tuple[list[str], bool]:
-    """The texts of ``inputs``, and whether it was a single str.
+def check_texts(inputs: Any, name: str = "inputs") -> tuple[list[str], bool]:
+    """The texts of the argument ``name``, and whether it was a single str.
 
     Sequences are lists, tuples, one-dimensional arrays, pandas Series and the like. Raises TypeError for anything else
     and for an entry that is no str, whose index it names.
     """
     if isinstance(inputs, str):
         return [inputs], True
-    is_sequence = all(hasattr(inputs, name) for name in ("__len__", "__iter__", "__getitem__"))
+    is_sequence = all(hasattr(inputs, method) for method in ("__len__", "__iter__", "__getitem__"))
     is_sequence = is_sequence and not isinstance(inputs, bytes | bytearray | memoryview | Mapping)
     if not is_sequence or getattr(inputs, "ndim", 1) != 1:
-        raise TypeError(f"inputs: expected str or a sequence of str, got {type(inputs).__name__}")
+        raise TypeError(f"{name}: expected str or a sequence of str, got {type(inputs).__name__}")
     texts = list(inputs)
     for i, text in enumerate(texts):
         if not isinstance(text, str):
-            raise TypeError(f"inputs[{i}]: expected str, got {type(text).__name__}")
+            raise TypeError(f"{name}[{i}]: expected str, got {type(text).__name__}")
     return texts, False
 
 
@@ -220,7 +342,7 @@ def load_tokenizer(
         limit = default_max_seq_length or _model_max_length(config_path, config)
         limit = min(limit, max_position_embeddings)
     _check_length(backend, limit, max_position_embeddings)
-    return Tokenizer(backend, limit, max_position_embeddings, type_vocab_size)
+    return Tokenizer(backend, limit, max_position_embeddings, tokens, type_vocab_size)
 
 
 # ---- the files ----
