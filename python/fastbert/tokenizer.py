@@ -12,7 +12,7 @@ import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, chain
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -75,13 +75,12 @@ def to_batch(parts: Sequence[Tokens]) -> TokenBatch:
 
 
 def _ragged(ids: list[list[int]], type_ids: list[list[int]] | None, truncated: list[bool]) -> TokenBatch:
-    offsets = np.array([0, *accumulate(map(len, ids))], np.int64)
-    tokens = int(offsets[-1])
+    offsets = np.array([0, *accumulate(len(row) for row in ids)], np.int64)
 
     def flat(rows: list[list[int]]) -> NDArray[np.int32]:
-        return np.fromiter(chain.from_iterable(rows), np.int32, tokens)
+        return np.array([token for row in rows for token in row], np.int32)
 
-    types = np.zeros(tokens, np.int32) if type_ids is None else flat(type_ids)
+    types = np.zeros(offsets[-1], np.int32) if type_ids is None else flat(type_ids)
     return TokenBatch(flat(ids), types, offsets, np.array(truncated, np.bool_))
 
 
