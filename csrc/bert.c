@@ -6,7 +6,8 @@
  *                  few: the team runs each together, splitting rows or columns of every operation
  *       run_micro_batch
  *         embed    word + position + type, LayerNorm
- *         layer    QKV | attention | output + residual, LayerNorm | FFN up, act | FFN down + residual, LayerNorm
+ *         layer    QKV | attention | output + residual, LayerNorm | FFN up, act | FFN down + residual, LayerNorm;
+ *                  in the last one from attention on only the first token of each sequence, where no more is asked for
  *         finish   hidden rows, pooler and sentence vectors into the caller's arrays
  *
  * No step's result for a sequence depends on how work is split, so bits do not depend on batch, order or threads.
@@ -283,12 +284,24 @@ typedef struct micro_batch {
     const fb_batch *batch;
     const fb_outputs *out;
     const place *order; /* its sequences */
-    ptrdiff_t size, tokens;
+    ptrdiff_t size;
     workspace *ws;
     const fb_team *team;
+    int narrow;              /* rows are the first tokens of the sequences; else all tokens */
+    ptrdiff_t tokens;        /* rows */
     int by_rows;             /* members own rows throughout and meet only for attention; else they own columns */
     ptrdiff_t row, rows_end; /* the rows of row-wise operations of this member */
 } micro_batch;
+
+/* Sets the number of rows, and how the members share them. */
+static void share(micro_batch *b, ptrdiff_t tokens)
+{
+    b->tokens = tokens;
+    b->by_rows = tokens >= ROWS_PER_THREAD * b->team->size;
+    fb_split(b->team, tokens, 1, &b->row, &b->rows_end);
+}
+
+static ptrdiff_t rows_of(const micro_batch *b, ptrdiff_t sequence) { return b->narrow ? 1 : b->order[sequence].length; }
 
 static void meet_if_columns(const micro_batch *b)
 {
@@ -375,7 +388,8 @@ static void embed(const micro_batch *b)
     layernorm(b, &w->embeddings_norm, b->ws->y, b->ws->x);
 }
 
-/* context [tokens][hidden] = softmax(q k^T / sqrt(head_dim)) v, one sequence and head at a time. */
+/* context [tokens][hidden] = softmax(q k^T / sqrt(head_dim)) v, one sequence and head at a time; in a narrow micro-batch
+ * [sequences][hidden], and x is reduced to the same rows. */
 static void attention(const micro_batch *b)
 {
     const fb_model *m = b->model;
@@ -384,39 +398,47 @@ static void attention(const micro_batch *b)
     const ptrdiff_t hidden = m->config.hidden_size, heads = m->config.num_attention_heads, head_dim = hidden / heads;
     const float scale = 1.0f / sqrtf((float)head_dim);
     char *scratch = b->ws->attention + attention_bytes(m, b->order[0].length) * (size_t)b->team->rank;
-    ptrdiff_t unit = 0, first = 0;
+    ptrdiff_t unit = 0, first = 0, out = 0;
     for (ptrdiff_t s = 0; s < b->size; s++) {
         const ptrdiff_t seq = b->order[s].length, ld_scores = leading(seq), block = score_rows(seq);
+        const ptrdiff_t queries = rows_of(b, s);
         void *keys = scratch, *values = scratch + gemm->packed_bytes(seq, head_dim);
         float *scores = (float *)((char *)values + gemm->packed_bytes(head_dim, seq));
         for (ptrdiff_t head = 0; head < heads; head++) {
             if (unit++ % b->team->size != b->team->rank)
                 continue;
             const float *q = b->ws->qkv + first * m->ld_qkv + head * head_dim, *k = q + hidden, *v = k + hidden;
-            float *context = b->ws->context + first * m->ld_hidden + head * head_dim;
+            float *context = b->ws->context + out * m->ld_hidden + head * head_dim;
             gemm->pack(seq, head_dim, k, m->ld_qkv, 1, keys);
             gemm->pack(head_dim, seq, v, 1, m->ld_qkv, values);
-            for (ptrdiff_t i = 0; i < seq; i += block) {
-                const ptrdiff_t rows = seq - i < block ? seq - i : block;
+            for (ptrdiff_t i = 0; i < queries; i += block) {
+                const ptrdiff_t rows = queries - i < block ? queries - i : block;
                 gemm->run(rows, seq, head_dim, q + i * m->ld_qkv, m->ld_qkv, keys, &plain, scores, ld_scores);
                 m->kernels.softmax_f32(rows, seq, scale, scores, ld_scores);
                 gemm->run(rows, head_dim, seq, scores, ld_scores, values, &plain, context + i * m->ld_hidden,
                           m->ld_hidden);
             }
         }
+        if (b->narrow && b->team->rank == 0)
+            memmove(b->ws->x + out * m->ld_hidden, b->ws->x + first * m->ld_hidden, (size_t)hidden * sizeof(float));
         first += seq;
+        out += queries;
     }
 }
 
-static void layer(const micro_batch *b, const fb_layer *l)
+/* narrow: no one asks for more than the first tokens of this layer's result. */
+static void layer(micro_batch *b, const fb_layer *l, int narrow)
 {
     const fb_model *m = b->model;
     const workspace *ws = b->ws;
     const ptrdiff_t ldh = m->ld_hidden, ldi = m->ld_intermediate;
     linear(b, &l->qkv, ws->x, ldh, ws->y, FB_ACT_NONE, NULL, 0, ws->qkv, m->ld_qkv);
     fb_barrier(b->team);
+    b->narrow = narrow;
     attention(b);
     fb_barrier(b->team);
+    if (narrow)
+        share(b, b->size);
     linear(b, &l->attention_output, ws->context, ldh, NULL, FB_ACT_NONE, ws->x, ldh, ws->y, ldh);
     meet_if_columns(b);
     layernorm(b, &l->attention_norm, ws->y, ws->x);
@@ -449,7 +471,7 @@ static void finish(const micro_batch *b)
     fb_split(b->team, b->size, 1, &begin, &end);
     float *rows[2] = {b->ws->rows[0] + begin * ld, b->ws->rows[1] + begin * ld};
     for (ptrdiff_t s = 0; s < begin; s++)
-        row += b->order[s].length;
+        row += rows_of(b, s);
     const float *x = b->ws->x + row * m->ld_hidden;
     const ptrdiff_t count = end - begin;
     const place *order = b->order + begin;
@@ -463,7 +485,7 @@ static void finish(const micro_batch *b)
     }
     if (b->out->pooler != NULL && count > 0) {
         const float *from = x;
-        for (ptrdiff_t s = 0; s < count; from += order[s++].length * m->ld_hidden)
+        for (ptrdiff_t s = 0; s < count; from += rows_of(b, begin + s++) * m->ld_hidden)
             memcpy(rows[0] + s * ld, from, (size_t)hidden * sizeof *from);
         const float *pooled = small_linear(b, &m->weights.pooler, FB_ACT_TANH, rows, 0, count);
         for (ptrdiff_t s = 0; s < count; s++)
@@ -472,8 +494,8 @@ static void finish(const micro_batch *b)
     if (b->out->vectors != NULL && count > 0) {
         const float *from = x;
         float *vectors = rows[0];
-        for (ptrdiff_t s = 0; s < count; from += order[s++].length * m->ld_hidden)
-            fb_pool(c->pooling, order[s].length, hidden, from, m->ld_hidden, vectors + s * ld);
+        for (ptrdiff_t s = 0; s < count; from += rows_of(b, begin + s++) * m->ld_hidden)
+            fb_pool(c->pooling, rows_of(b, begin + s), hidden, from, m->ld_hidden, vectors + s * ld);
         for (int i = 0; i < c->num_dense; i++)
             vectors = small_linear(b, &m->weights.dense[i], c->dense_act[i], rows, vectors == rows[1], count);
         for (ptrdiff_t s = 0; s < count; s++) {
@@ -488,15 +510,17 @@ static void finish(const micro_batch *b)
 static void run_micro_batch(const fb_team *team, const fb_model *model, const fb_batch *batch, const fb_outputs *out,
                             const place *order, ptrdiff_t size, workspace *ws)
 {
-    micro_batch b = {model, batch, out, order, size, 0, ws, team, 0, 0, 0};
+    const ptrdiff_t layers = model->config.num_hidden_layers;
+    const int first_tokens = out->hidden == NULL && (out->vectors == NULL || model->config.pooling == FB_POOL_CLS);
+    micro_batch b = {.model = model, .batch = batch, .out = out, .order = order, .size = size, .ws = ws, .team = team};
+    ptrdiff_t tokens = 0;
     for (ptrdiff_t s = 0; s < size; s++)
-        b.tokens += order[s].length;
-    b.by_rows = b.tokens >= ROWS_PER_THREAD * team->size;
-    fb_split(team, b.tokens, 1, &b.row, &b.rows_end);
+        tokens += order[s].length;
+    share(&b, tokens);
     embed(&b);
     meet_if_columns(&b);
-    for (ptrdiff_t i = 0; i < model->config.num_hidden_layers; i++)
-        layer(&b, &model->weights.layers[i]);
+    for (ptrdiff_t i = 0; i < layers; i++)
+        layer(&b, &model->weights.layers[i], first_tokens && i == layers - 1);
     fb_barrier(team);
     finish(&b);
     fb_barrier(team); /* the workspace is free for the next micro-batch */

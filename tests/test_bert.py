@@ -212,6 +212,22 @@ def test_mistakes_are_rejected(mistake: Any) -> None:
         assert [e > limit for e, limit in zip(result, limits, strict=True)] == [wrong] * 3, (result, limits)
 
 
+@each_isa
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("lengths", [(9,), (1, 70, 5), (3, 1, 64, 130, 2) * 9])
+def test_first_tokens_alone(precision: str, isa: str, lengths: tuple[int, ...]) -> None:
+    """What needs but the first token of each text is computed without the rest of the last layer, to the same bits."""
+    model = models.random_model(seed=5, **SHAPES["head64"])
+    batch = models.random_batch(lengths, model.config["vocab_size"])
+    core = _core.Model(model.config | {"pooling": ("cls",), "precision": precision}, model.tensors(), isa)
+    for threads in (1, 2, 3):
+        _, pooler, vectors = core.forward(*batch, hidden=True, pooler=True, vectors=True, threads=threads)
+        alone = core.forward(*batch, pooler=True, vectors=True, threads=threads)
+        np.testing.assert_array_equal(alone[1], pooler)
+        np.testing.assert_array_equal(alone[2], vectors)
+        np.testing.assert_array_equal(core.forward(*batch, pooler=True, threads=threads)[1], pooler)
+
+
 # ---- through the Python surface ----
 
 
