@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.common import environment, markdown
+from bench.common import environment
 from fastbert import Encoder
+from fastbert.benchmark import markdown
 from fastbert.glue import spearman
 
 PRECISIONS = ("fp32", "int8")

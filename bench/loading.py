@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.common import markdown
 from fastbert import _core
+from fastbert.benchmark import markdown
 from fastbert.checkpoint import load_checkpoint
 from tests.models import FORMATS, write_model
 

@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from bench.common import markdown
+from fastbert.benchmark import markdown
 from tests.toolchain import CSRC, isa_rows
 
 CORES = [

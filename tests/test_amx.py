@@ -184,7 +184,7 @@ def test_strips_of_columns(amx: EmulatedAmx, case: GemmS8, seed: int) -> None:
         assert bits(out) == bits(whole[:, columns]), f"columns from {begin}"
 
 
-@pytest.mark.parametrize("n, k", product((1, 16, 37), (0, 1, 63, 64, 130)))
+@pytest.mark.parametrize("n, k", list(product((1, 16, 37), (0, 1, 63, 64, 130))))
 def test_packs_as_scalar_does(amx: EmulatedAmx, n: int, k: int, seed: int) -> None:
     rng = np.random.default_rng([seed, n, k])
     w, scale = rng.integers(-127, 128, (n, k)).astype(np.int8), rng.random(n).astype(np.float32)

@@ -128,7 +128,7 @@ INDEX_BYTES = """1983 1983 1987 1997 3257 3257 3265 3283 4531 4531 4543 4571 580
 
 @pytest.mark.parametrize(
     ("shape", "size"),
-    zip(MINIATURES, map(int, INDEX_BYTES.split()), strict=True),
+    list(zip(MINIATURES, map(int, INDEX_BYTES.split()), strict=True)),
     ids=lambda v: v if isinstance(v, int) else "",
 )
 def test_size_of_the_index_of_the_miniatures(shape: dict[str, Any], size: int) -> None:

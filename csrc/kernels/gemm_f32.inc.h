@@ -16,9 +16,11 @@
 #include "unroll.h"
 
 /* How a row of A is held: va_load(p, steps) takes the next steps of k, FB_A_STEPS or 1; va_fma(a, step, w, acc) is
- * fma(that step for all lanes, w, acc). A simd_*.h whose multiply-add can pick one lane brings its own. */
+ * fma(that step for all lanes, w, acc). A simd_*.h whose multiply-add can pick one lane brings its own; on such cores, of
+ * ARM, prefetching in the loop would cost more issue slots than there are (7 % of the loop by LLVM's neoverse-n1). */
 #ifndef FB_A_STEPS
 #define FB_A_STEPS 1
+#define FB_PREFETCH
 typedef vf va;
 static inline va va_load(const float *p, int steps) { return (void)steps, v_set1(*p); }
 static inline vf va_fma(va a, int step, vf w, vf acc) { return (void)step, v_fma(a, w, acc); }
@@ -59,12 +61,16 @@ static inline __attribute__((always_inline)) void fb_steps(const int mr, const i
     va x[FB_GEMM_MR];
     FB_UNROLL
     for (int s = 0; s < steps; s++) {
+#ifdef FB_PREFETCH
         if (mr > FB_GEMM_MR / 2) { /* fewer rows have no load to spare */
             __builtin_prefetch(strip + s * 16 + ahead, 0, 2);
             FB_UNROLL
             for (int j = 0; j < nv; j++)
                 __builtin_prefetch(strip + j * strip_floats + (s + FB_AHEAD) * 16);
         }
+#else
+        (void)ahead;
+#endif
         vf w[8];
         FB_UNROLL
         for (int j = 0; j < nv; j++)
