@@ -30,7 +30,8 @@ static void tensor(const char *name, float mean, float width, int64_t rows, int6
     strcpy(copy, name);
     for (int64_t i = 0; i < n; i++)
         values[i] = mean + (float)((int32_t)(draw() >> 16) - 32768) * (width / 32768.0f);
-    tensors[num_tensors++] = (fb_tensor){copy, values, FB_F32, columns ? 2 : 1, {rows, columns}};
+    tensors[num_tensors++] =
+        (fb_tensor){.name = copy, .data = values, .dtype = FB_F32, .rank = columns ? 2 : 1, .shape = {rows, columns}};
 }
 
 static void linear(const char *prefix, int64_t out, int64_t in)
