@@ -20,13 +20,6 @@ static const int fb_gemm_strips[FB_GEMM_MR + 1] = {0, 4, 2, 2, 1, 1, 1};
 
 /* Exact without VNNI: 16-bit operands. vpmaddwd takes 16 products, twice what a float32 multiply-add does, and vpaddd may
  * go to a third port; bytes by vpmaddubsw, exactly, cost more (csrc/README.md, Int8). */
-typedef __m256i vrow;
-static inline vrow vi_row(const int16_t *p)
-{
-    int32_t two;
-    memcpy(&two, p, sizeof two);
-    return _mm256_set1_epi32(two);
-}
 static inline vi vi_dot(vi acc, vrow row, vi w)
 {
     return FB_BOTH_I(_mm256_add_epi32(acc.lo, _mm256_madd_epi16(row, w.lo)),

@@ -7,7 +7,6 @@
 #include "../cpu.h"
 #include "../kernels.h"
 #include <math.h>
-#include <string.h>
 #include "simd_avx512.h"
 
 #define FB_ISA_NAME(op) op##_avx512
@@ -20,15 +19,8 @@
 static const int fb_gemm_strips[FB_GEMM_MR + 1] = {0, 8, 8, 8, 4, 4, 4, 3, 3};
 #include "gemm_f32.inc.h"
 
-/* Exact without VNNI: 16-bit operands. vpmaddwd and vpaddd are two operations for 32 products a lane pair, as many as two
- * float32 multiply-adds; bytes by vpmaddubsw, exactly, cost more (csrc/README.md, Int8). */
-typedef __m512i vrow;
-static inline vrow vi_row(const int16_t *p)
-{
-    int32_t two;
-    memcpy(&two, p, sizeof two);
-    return _mm512_set1_epi32(two);
-}
+/* Exact without VNNI: 16-bit operands. vpmaddwd and vpaddd are two operations for 32 products, as two float32 multiply-adds
+ * are; bytes by vpmaddubsw, exactly, cost more (csrc/README.md, Int8). */
 static inline vi vi_dot(vi acc, vrow row, vi w) { return _mm512_add_epi32(acc, _mm512_madd_epi16(row, w)); }
 #define FB_S8_DEPTH 2
 #define FB_A_SHIFT 0

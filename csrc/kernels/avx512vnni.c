@@ -6,20 +6,12 @@
 #include "../cpu.h"
 #include "../kernels.h"
 #include <math.h>
-#include <string.h>
 #include "simd_avx512.h"
 
 #define FB_ISA_NAME(op) op##_avx512vnni
 #include "activations.inc.h"
 #include "epilogue.inc.h"
 
-typedef __m512i vrow;
-static inline vrow vi_row(const uint8_t *p)
-{
-    int32_t four;
-    memcpy(&four, p, sizeof four);
-    return _mm512_set1_epi32(four);
-}
 static inline vi vi_dot(vi acc, vrow row, vi w) { return _mm512_dpbusd_epi32(acc, row, w); }
 #define FB_S8_DEPTH 4
 #define FB_A_SHIFT 0

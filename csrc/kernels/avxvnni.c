@@ -6,20 +6,12 @@
 #include "../cpu.h"
 #include "../kernels.h"
 #include <math.h>
-#include <string.h>
 #include "simd_avx2.h"
 
 #define FB_ISA_NAME(op) op##_avxvnni
 #include "activations.inc.h"
 #include "epilogue.inc.h"
 
-typedef __m256i vrow;
-static inline vrow vi_row(const uint8_t *p)
-{
-    int32_t four;
-    memcpy(&four, p, sizeof four);
-    return _mm256_set1_epi32(four);
-}
 static inline vi vi_dot(vi acc, vrow row, vi w)
 {
     return FB_BOTH_I(_mm256_dpbusd_epi32(acc.lo, row, w.lo), _mm256_dpbusd_epi32(acc.hi, row, w.hi));

@@ -162,20 +162,6 @@ FB_GEMM_TILES(FB_TILE)
 static fb_tile *const tiles[FB_GEMM_MR + 1][8 + 1] = {FB_GEMM_TILES(FB_TILE)};
 #undef FB_TILE
 
-/* C = residual + act(C) for a finished tile of m rows and n columns, while it is in the L1 cache. */
-static void activate(fb_act act, ptrdiff_t m, ptrdiff_t n, const float *residual, ptrdiff_t ldr, float *c,
-                     ptrdiff_t ldc)
-{
-    for (ptrdiff_t i = 0; i < m; i++)
-        for (ptrdiff_t j = 0; j < n; j += 16) {
-            const ptrdiff_t columns = n - j < 16 ? n - j : 16;
-            vf x = v_act(act, load_columns(c + i * ldc + j, columns));
-            if (residual)
-                x = v_add(load_columns(residual + i * ldr + j, columns), x);
-            store_columns(c + i * ldc + j, x, columns);
-        }
-}
-
 static size_t FB_ISA_NAME(packed_bytes)(ptrdiff_t n, ptrdiff_t k)
 {
     return (size_t)((n + 15) / 16) * 16 * (size_t)k * sizeof(float);

@@ -5,7 +5,7 @@
  *   FB_S8_DEPTH                            steps of k of one column that lie together in packed W
  *   FB_S8_TILES(X), FB_S8_MR, fb_s8_strips register tiles, as in gemm_f32.inc.h
  * and, for the sums of a tile, either
- *   vrow, vi_row(p), vi_dot(acc, row, w)   one dot product for 16 columns (meaning in simd_scalar.h): of four bytes with
+ *   vi_dot(acc, row, w)                    one dot product for 16 columns (meaning in simd_scalar.h): of four bytes with
  *                                          FB_S8_DEPTH 4, of two int16 with FB_S8_DEPTH 2
  * or
  *   FB_S8_SUMS                             a function like s8_sums below.
@@ -59,18 +59,9 @@ static __attribute__((noinline)) void s8_finish(ptrdiff_t begin, ptrdiff_t end, 
             store_columns(t->c + i * t->ldc + j * 16, x, columns);
         }
     }
-    if (t->act == FB_ACT_NONE)
-        return;
-    for (ptrdiff_t j = 0; j < nv; j++) {
-        const ptrdiff_t columns = j == nv - 1 ? t->last_columns : 16;
-        for (ptrdiff_t i = begin; i < end; i++) {
-            float *c = t->c + i * t->ldc + j * 16;
-            vf x = v_act(t->act, load_columns(c, columns));
-            if (t->residual)
-                x = v_add(load_columns(t->residual + i * t->ldr + j * 16, columns), x);
-            store_columns(c, x, columns);
-        }
-    }
+    if (t->act != FB_ACT_NONE)
+        activate(t->act, end - begin, (nv - 1) * 16 + t->last_columns,
+                 t->residual ? t->residual + begin * t->ldr : NULL, t->ldr, t->c + begin * t->ldc, t->ldc);
 }
 
 static inline ptrdiff_t s8_strip_bytes(ptrdiff_t k) { return fb_k8(k) * 16 + 128; }

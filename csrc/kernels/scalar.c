@@ -15,8 +15,6 @@
 static const int fb_gemm_strips[FB_GEMM_MR + 1] = {0, 1, 1};
 #include "gemm_f32.inc.h"
 
-typedef const uint8_t *vrow;
-static inline vrow vi_row(const uint8_t *p) { return p; }
 static inline vi vi_dot(vi acc, vrow row, vi w)
 {
     int8_t bytes[64];

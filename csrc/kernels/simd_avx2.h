@@ -162,6 +162,13 @@ static inline void vi_store(int32_t *p, vi a)
     _mm256_storeu_si256((__m256i *)p, a.lo);
     _mm256_storeu_si256((__m256i *)p + 1, a.hi);
 }
+typedef __m256i vrow;
+static inline vrow vi_row(const void *p)
+{
+    int32_t four_bytes;
+    memcpy(&four_bytes, p, sizeof four_bytes);
+    return _mm256_set1_epi32(four_bytes);
+}
 static inline vi vi_widen_u8(const uint8_t *p)
 {
     const __m128i *from = (const __m128i *)p;

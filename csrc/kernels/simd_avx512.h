@@ -1,6 +1,7 @@
 /* simd_avx512.h: the 16-lane vector of simd_scalar.h (which states the meaning) as one zmm register. */
 #include <immintrin.h>
 #include <stdint.h>
+#include <string.h>
 
 #include "unroll.h"
 
@@ -100,6 +101,13 @@ static inline void v_to_u8(uint8_t *p, vf a, vi zero, ptrdiff_t n)
 static inline vi vi_set1(int32_t x) { return _mm512_set1_epi32(x); }
 static inline vi vi_load(const int32_t *p) { return _mm512_loadu_si512(p); }
 static inline void vi_store(int32_t *p, vi a) { _mm512_storeu_si512(p, a); }
+typedef __m512i vrow;
+static inline vrow vi_row(const void *p)
+{
+    int32_t four_bytes;
+    memcpy(&four_bytes, p, sizeof four_bytes);
+    return _mm512_set1_epi32(four_bytes);
+}
 static inline vi vi_widen_u8(const uint8_t *p) { return _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)p)); }
 static inline vi vi_widen_s8(const int8_t *p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)p)); }
 static inline vi vi_sub(vi a, vi b) { return _mm512_sub_epi32(a, b); }

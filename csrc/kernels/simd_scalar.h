@@ -113,6 +113,7 @@ static inline void v_transpose(vf r[16])
 
 /* ---- 16 int32 lanes ----
  *   v_to_u8     clamp(rint(lanes) + zero, 0, 255) to the first n bytes, 0 for a NaN; |lanes| < 2^22, ties to even
+ *   vi_row      four bytes of a row of A for all columns: four steps of k in bytes, or two in int16
  *   vi_dot      acc + the four products of each column: r a row's four bytes, w 16 columns by 4 steps of k; with
  *               FB_S8_DEPTH 2 two products: r a row's two int16, w 16 columns by 2 steps of k, in int16
  *   vi_widen_u8, vi_widen_s8    32 bytes as 32 int16; only where a set uses them
@@ -130,6 +131,8 @@ static inline void v_to_u8(uint8_t *p, vf a, vi zero, ptrdiff_t n)
         p[i] = (uint8_t)(x > 255.0f ? 255.0f : x > 0.0f ? x : 0.0f);
     }
 }
+typedef const uint8_t *vrow;
+static inline vrow vi_row(const void *p) { return p; }
 static inline vi vi_set1(int32_t x)
 {
     vi r;
