@@ -76,7 +76,7 @@ static fb_status check_config(const fb_config *c, fb_error *err)
         {"hidden_size", c->hidden_size, 1 << 14},
         {"num_hidden_layers", c->num_hidden_layers, 1 << 10},
         {"num_attention_heads", c->num_attention_heads, 1 << 14},
-        {"intermediate_size", c->intermediate_size, 1 << 16},
+        {"intermediate_size", c->intermediate_size, 1 << 15},
         {"max_position_embeddings", c->max_position_embeddings, 1 << 16},
         {"type_vocab_size", c->type_vocab_size, 1 << 16},
     };

@@ -107,7 +107,7 @@ typedef void fb_quantize_u8(ptrdiff_t rows, ptrdiff_t k, const float *x, ptrdiff
  *   scale_a, zero [m]
  *   packed  W [n][k] in -127 .. 127, its column sums and scale_w [n], as laid out by pack of this same struct
  *
- * Sizes    any m, n >= 0, 0 <= k <= 65536: |t| < 2^31.
+ * Sizes    any m, n >= 0, 0 <= k <= 32768: |t| < 2^31.
  * Memory   as gemm_f32. Columns  as gemm_f32.
  * Numbers  no saturating instruction; the same bits in every kernel set.
  */

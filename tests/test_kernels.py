@@ -191,7 +191,7 @@ def gemm_s8_cases() -> list[Linear]:
         *((m, n, k) for m in range(1, 41) for n, k in [(33, 70), (131, 9)]),
         *((m, n, k) for m in (1, 13) for n, k in MODELS),
     ]
-    sizes = [*((13, 70, k) for k in (1, 3, 4, 63, 64, 65, 768, 3072)), *((mn, mn, 65536) for mn in range(1, 17))]
+    sizes = [*((13, 70, k) for k in (1, 3, 4, 63, 64, 65, 768, 3072)), *((mn, mn, 32768) for mn in range(1, 17))]
     extreme = [GemmS8(*size, extreme=True) for size in sizes]
     return [*fused(shapes, GemmS8), *extreme, GemmS8(13, 70, 3072, "gelu", True, True, extreme=True)]
 

@@ -9,7 +9,7 @@
  *                                          FB_S8_DEPTH 4, of two int16 with FB_S8_DEPTH 2
  * or
  *   FB_S8_SUMS                             a function like s8_sums below.
- * A file with a GEMM of its own (amx.c) defines FB_A_SHIFT and FB_S8_DEPTH alone, and gets the packing and s8_finish.
+ * A file with a GEMM of its own (amx.c) defines FB_S8_DEPTH alone, and gets the packing.
  *
  * Packed W: strips of 16 columns of C. A strip is, for every FB_S8_DEPTH steps of k, so many bytes of each column in turn;
  * then the sums of its columns, int32 [16]; then their scales, float32 [16]. With a depth of 4, which is one zmm, two ymm,
@@ -19,6 +19,8 @@
  * A tile runs over the whole of k, its int32 sums in registers, and writes finished float32.
  */
 #include "unroll.h"
+
+#ifdef FB_S8_TILES
 
 typedef struct fb_s8_tile_args {
     ptrdiff_t k;      /* bytes, a multiple of FB_K8 */
@@ -63,6 +65,8 @@ static __attribute__((noinline)) void s8_finish(ptrdiff_t begin, ptrdiff_t end, 
         activate(t->act, end - begin, (nv - 1) * 16 + t->last_columns,
                  t->residual ? t->residual + begin * t->ldr : NULL, t->ldr, t->c + begin * t->ldc, t->ldc);
 }
+
+#endif
 
 static inline ptrdiff_t s8_strip_bytes(ptrdiff_t k) { return fb_k8(k) * 16 + 128; }
 

@@ -263,13 +263,13 @@ cdef class KernelSet:
                 const float[:, :] residual=None, Py_ssize_t repeat=1):
         """out [m][n] = residual [m][n] + act(t * scale_a [m] * scale_w [n] + bias [n]), t = (a [m][:k] - zero [m]) * W^T.
 
-        a [m][k8(k)]; packed holds W [n][k] and scale_w; k <= 65536; act is a key of ACTS.
+        a [m][k8(k)]; packed holds W [n][k] and scale_w; k <= 32768; act is a key of ACTS.
         """
         cdef Py_ssize_t m = a.shape[0], n = out.shape[1], _
         cdef Py_ssize_t lda = row_stride("a", a, m, fb_k8(k)), ldc = row_stride("out", out, m, n)
         cdef fb_epilogue epilogue = epilogue_of(bias, act, residual, m, n)
-        if not 0 <= k <= 65536:
-            raise ValueError(f"k: expected 0 .. 65536, got {k}")
+        if not 0 <= k <= 32768:
+            raise ValueError(f"k: expected 0 .. 32768, got {k}")
         check_vector("scale_a", scale_a, m)
         check_vector("zero", zero, m)
         check_packed(packed, self.k.gemm_s8.packed_bytes(n, k), n, k)
