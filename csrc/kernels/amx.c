@@ -12,9 +12,10 @@
  * of rows, which divides m as evenly as can be; where it does not divide it, the last block is moved up and some rows are
  * computed twice, to the same bits (at most one row in 32). No row is padding.
  *
- * A product takes 16 cycles and is one instruction, so the vector units are free meanwhile: the sums of a block go to memory
- * (L1) with the first products of the next block, and become float32 between its other ones. On a Sapphire Rapids class Xeon
- * (2026-11) tile loads, stores and the finishing then cost a block of K = 384 a quarter more than its products alone.
+ * The sums of a block go to memory (L1) with the first products of the next block, and become float32 between its other
+ * ones: a product takes 16 cycles and is one instruction. While tiles are multiplied, 512-bit arithmetic runs at half its
+ * rate (they share port 5), so that an activation, which has more of it than the products take, is better done after them
+ * (1 GELU block of K = 384: 967 cycles instead of 1124; Sapphire Rapids class Xeon, 2026-11).
  */
 #include "../cpu.h"
 #include "../kernels.h"
@@ -88,7 +89,7 @@ typedef struct errand {
     void (*finish)(struct errand *e);
     ptrdiff_t wide;     /* strips of a block that is full: 2 with 2x2 tiles, 4 with 1x4 */
     ptrdiff_t finished; /* rows of the block before */
-    ptrdiff_t share;    /* calls of finish */
+    ptrdiff_t share;    /* calls of finish; what is left is done after the last step */
     const int8_t *ahead, *ahead_end;
     ptrdiff_t ahead_share; /* bytes, a multiple of 64 */
 } errand;
@@ -134,8 +135,8 @@ static inline __attribute__((always_inline)) void finish_rows(const fb_act act, 
             const vi z = vi_set1(minus_zero[i]);
             const vi exact_l = _mm512_dpwssd_epi32(vi_load(sums), l.sums, z); /* sums - zero * sums of W */
             const vi exact_r = _mm512_dpwssd_epi32(vi_load(sums + 16), r.sums, z);
-            vf x = v_act(act, v_fma(vi_to_f32(exact_l), v_mul(v_set1(scale[i]), l.scales), l.bias));
-            vf y = v_act(act, v_fma(vi_to_f32(exact_r), v_mul(v_set1(scale[i]), r.scales), r.bias));
+            vf x = v_act_s8(act, v_fma(vi_to_f32(exact_l), v_mul(v_set1(scale[i]), l.scales), l.bias));
+            vf y = v_act_s8(act, v_fma(vi_to_f32(exact_r), v_mul(v_set1(scale[i]), r.scales), r.bias));
             if (add) {
                 x = v_add(_mm512_maskz_loadu_ps(l.used, residual), x);
                 y = v_add(_mm512_maskz_loadu_ps(r.used, residual + 16), y);
@@ -267,7 +268,7 @@ static inline __attribute__((always_inline)) void multiply(const int wide, const
             p == 0 ? multiply_1x4(1, b, a, w, e) : multiply_1x4(0, b, a, w, e);
         run_errand(e);
     }
-    while (e->finished < e->before.rows) /* k = 0 */
+    while (e->finished < e->before.rows)
         e->finish(e);
 }
 
@@ -286,7 +287,7 @@ static void gemm_s8_amx(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const uint8_t *a,
     e.act = epilogue->act;
     e.finish = choose_finish(epilogue, (int)wide);
     e.wide = wide;
-    e.share = ((rows + FEW_ROWS - 1) / FEW_ROWS + steps - 1) / steps;
+    e.share = e.act == FB_ACT_NONE ? ((rows + FEW_ROWS - 1) / FEW_ROWS + steps - 1) / steps : 0;
     configure(rows, upper);
     for (ptrdiff_t s = 0; s < strips; s += wide) {
         const ptrdiff_t left = strips - s, nv = left < wide ? left : wide, column = s * 16;
