@@ -30,6 +30,7 @@ enum {
     BUDGET_MIN = 64,  /* not below this when batches are cut finer to give every thread some */
     FEW_ROWS = 4,     /* quantised at once: of 1536 floats, 24 KB */
     QUERY_BLOCK = 64, /* rows of scores held at once: 64 x 512 floats are 128 KB */
+    SEQ_S8 = 64,      /* int8 models: from so many tokens on attention is integer; below, quantising costs what that saves */
     RACK = 16         /* idle workspaces that a model keeps */
 };
 /* Rows a thread needs before reading all weights itself beats sharing the columns with barriers between operations. */
@@ -155,39 +156,53 @@ void fb_get_info(const fb_model *model, fb_info *info)
 
 static ptrdiff_t score_rows(ptrdiff_t tokens) { return tokens < QUERY_BLOCK ? tokens : QUERY_BLOCK; }
 
+/* A matter of the sequence alone: its bits may not depend on its batch, nor on the kernel set. */
+static int integer_attention(const fb_model *m, ptrdiff_t seq)
+{
+    return m->config.precision == FB_INT8 && seq >= SEQ_S8;
+}
+
 /* What one head of a sequence needs at a time. */
 typedef struct head_scratch {
     char *keys, *values; /* packed */
     float *scores;       /* [block][ld_scores], block = score_rows(seq) */
-    uint8_t *bytes;      /* int8 models: [block][ld_bytes], a block of queries, then its probabilities, quantised; */
+    uint8_t *bytes;      /* integer attention: [block][ld_bytes], a block of queries, then its probabilities, quantised; */
     float *scale;        /* [block] */
     int32_t *zero;       /* [block] */
     ptrdiff_t ld_scores, ld_bytes;
     size_t size; /* bytes */
 } head_scratch;
 
-/* Lays it out at `at`, for a sequence of so many tokens; all parts are whole lines. */
+/* Lays it out at `at`, for a sequence of so many tokens; all parts are whole lines. NULL: its size alone. */
 static head_scratch head_scratch_at(const fb_model *m, ptrdiff_t seq, char *at)
 {
     const ptrdiff_t head_dim = m->config.hidden_size / m->config.num_attention_heads;
-    const int int8 = m->config.precision == FB_INT8;
+    const int int8 = integer_attention(m, seq);
     const size_t block = (size_t)score_rows(seq), lines = (block * sizeof(float) + 63) / 64 * 64;
     size_t (*const packed_bytes)(ptrdiff_t, ptrdiff_t) =
         int8 ? m->kernels.gemm_s8->packed_bytes : m->kernels.gemm_f32->packed_bytes;
     head_scratch s = {.ld_scores = leading(seq), .ld_bytes = fb_k8(seq > head_dim ? seq : head_dim) + 64};
-    s.keys = at;
-    s.values = s.keys + packed_bytes(seq, head_dim);
-    s.scores = (float *)(s.values + packed_bytes(head_dim, seq));
-    s.bytes = (uint8_t *)s.scores + block * (size_t)s.ld_scores * sizeof(float);
-    s.scale = (float *)(s.bytes + (int8 ? block * (size_t)s.ld_bytes : 0));
-    s.zero = (int32_t *)((char *)s.scale + (int8 ? lines : 0));
-    s.size = (size_t)((char *)s.zero + (int8 ? lines : 0) - at);
+    const size_t values = packed_bytes(seq, head_dim), scores = values + packed_bytes(head_dim, seq);
+    const size_t bytes = scores + block * (size_t)s.ld_scores * sizeof(float);
+    const size_t scale = bytes + (int8 ? block * (size_t)s.ld_bytes : 0), zero = scale + (int8 ? lines : 0);
+    s.size = zero + (int8 ? lines : 0);
+    if (at != NULL) {
+        s.keys = at;
+        s.values = at + values;
+        s.scores = (float *)(at + scores);
+        s.bytes = (uint8_t *)at + bytes;
+        s.scale = (float *)(at + scale);
+        s.zero = (int32_t *)(at + zero);
+    }
     return s;
 }
 
+/* For sequences of up to so many tokens: the longest one that is attended in float32 may need more than a longer one. */
 static size_t attention_bytes(const fb_model *m, ptrdiff_t tokens)
 {
-    return head_scratch_at(m, tokens, NULL).size;
+    const size_t size = head_scratch_at(m, tokens, NULL).size;
+    const size_t other = integer_attention(m, tokens) ? head_scratch_at(m, SEQ_S8 - 1, NULL).size : 0;
+    return size > other ? size : other;
 }
 
 /* Lays a workspace out for so many tokens; with ws == NULL it only adds up. */
@@ -473,7 +488,7 @@ static void attention(const micro_batch *b)
                 continue;
             const float *q = b->ws->qkv + first * m->ld_qkv + head * head_dim;
             float *context = b->ws->context + out * m->ld_hidden + head * head_dim;
-            (m->config.precision == FB_INT8 ? attend_s8 : attend_f32)(m, seq, queries, q, &parts, context);
+            (integer_attention(m, seq) ? attend_s8 : attend_f32)(m, seq, queries, q, &parts, context);
         }
         if (b->narrow && b->team->rank == 0)
             memmove(b->ws->x + out * m->ld_hidden, b->ws->x + first * m->ld_hidden, (size_t)hidden * sizeof(float));

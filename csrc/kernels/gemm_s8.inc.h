@@ -166,17 +166,19 @@ static void FB_ISA_NAME(s8_pack_f32)(ptrdiff_t n, ptrdiff_t k, const float *w, p
         const vf step = v_add(v_div(most, v_set1(127.0f)), bad);
         const vf inverse = v_ifgt(least, step, zero, v_div(v_set1(1.0f), step));
         vi sums = vi_set1(0);
-        for (ptrdiff_t p = 0; p < fb_k8(k); p += S8_HELD) {
-            const ptrdiff_t steps = k - p < S8_HELD ? k - p : S8_HELD, end = fb_k8(steps);
+        for (ptrdiff_t p = 0; p < k; p += S8_HELD) {
+            const ptrdiff_t steps = k - p < S8_HELD ? k - p : S8_HELD;
             if (k > S8_HELD)
                 strip_of(columns, steps, w + p * stride_k, stride_n, stride_k, held);
-            for (ptrdiff_t i = steps; i < end; i++)
+            for (ptrdiff_t i = steps; i % 16 != 0; i++)
                 v_store(held + i * 16, zero);
-            for (ptrdiff_t i = 0; i < end; i += 16)
+            for (ptrdiff_t i = 0; i < steps; i += 16)
                 sums = s8_quantize(out + (p + i) * 16, held + i * 16, inverse, sums);
         }
+        const ptrdiff_t added = (k + 15) / 16 * 16;
         int32_t *after = (int32_t *)(out + fb_k8(k) * 16);
-        vi_store(after, vi_sub(sums, vi_set1((int32_t)((uint32_t)fb_k8(k) * s8_round_bits))));
+        memset(out + added * 16, 0, (size_t)(fb_k8(k) - added) * 16);
+        vi_store(after, vi_sub(sums, vi_set1((int32_t)((uint32_t)added * s8_round_bits))));
         v_store((float *)(after + 16), v_ifgt(least, step, zero, step));
         if (!(v_sum(bad) == 0.0f))
             s8_clear_bad(k, out, after, (const float *)(after + 16));

@@ -39,9 +39,9 @@ static void FB_ISA_NAME(softmax_u8)(ptrdiff_t rows, ptrdiff_t n, const float *x,
                                     ptrdiff_t ldq, float *scale)
 {
     const ptrdiff_t body = n - n % 16, tail = n - body;
-    const vf start = v_set1(12582912.0f), none = v_set1(-INFINITY);
+    const vf start = v_set1(12582912.0f);
     for (ptrdiff_t i = 0; i < rows; i++, x += ldx, q += ldq) {
-        vf largest = none;
+        vf largest = v_set1(-INFINITY);
         for (ptrdiff_t j = 0; j < body; j += 16)
             largest = v_max(largest, v_load(x + j));
         if (tail)
@@ -52,7 +52,10 @@ static void FB_ISA_NAME(softmax_u8)(ptrdiff_t rows, ptrdiff_t n, const float *x,
             vi bytes[FB_K8 / 16];
             FB_UNROLL
             for (ptrdiff_t at = 0; at < FB_K8; at += 16) {
-                const vf v = j + at < body ? v_load(x + j + at) : j + at < n ? v_load_n(x + body, tail, -INFINITY) : none;
+                bytes[at / 16] = vi_set1(0);
+                if (j + at >= n)
+                    continue;
+                const vf v = j + at < body ? v_load(x + j + at) : v_load_n(x + body, tail, -INFINITY);
                 const vf before = sum;
                 sum = v_add(sum, v_exp_255(v_sub(v, most)));
                 bytes[at / 16] = vi_sub(v_bits(sum), v_bits(before));
