@@ -30,8 +30,8 @@ enum {
     BUDGET_MIN = 64,  /* not below this when batches are cut finer to give every thread some */
     FEW_ROWS = 4,     /* quantised at once: of 1536 floats, 24 KB */
     QUERY_BLOCK = 64, /* rows of scores held at once: 64 x 512 floats are 128 KB */
-    SEQ_S8 = 64,      /* int8 models: from so many tokens on attention is integer; below, quantising costs what that saves */
-    RACK = 16         /* idle workspaces that a model keeps */
+    SEQ_S8 = 64, /* int8 models: from so many tokens on attention is integer; below, quantising costs what that saves */
+    RACK = 16    /* idle workspaces that a model keeps */
 };
 /* Rows a thread needs before reading all weights itself beats sharing the columns with barriers between operations. */
 static const ptrdiff_t ROWS_PER_THREAD = 24;
@@ -166,9 +166,9 @@ static int integer_attention(const fb_model *m, ptrdiff_t seq)
 typedef struct head_scratch {
     char *keys, *values; /* packed */
     float *scores;       /* [block][ld_scores], block = score_rows(seq) */
-    uint8_t *bytes;      /* integer attention: [block][ld_bytes], a block of queries, then its probabilities, quantised; */
-    float *scale;        /* [block] */
-    int32_t *zero;       /* [block] */
+    uint8_t *bytes; /* integer attention: [block][ld_bytes], a block of queries, then its probabilities, quantised; */
+    float *scale;   /* [block] */
+    int32_t *zero;  /* [block] */
     ptrdiff_t ld_scores, ld_bytes;
     size_t size; /* bytes */
 } head_scratch;
@@ -197,7 +197,7 @@ static head_scratch head_scratch_at(const fb_model *m, ptrdiff_t seq, char *at)
     return s;
 }
 
-/* For sequences of up to so many tokens: the longest one that is attended in float32 may need more than a longer one. */
+/* For sequences of up to so many tokens: the longest that is attended in float32 may need more than a longer one. */
 static size_t attention_bytes(const fb_model *m, ptrdiff_t tokens)
 {
     const size_t size = head_scratch_at(m, tokens, NULL).size;
@@ -448,7 +448,7 @@ static void attend_f32(const fb_model *m, ptrdiff_t seq, ptrdiff_t queries, cons
     }
 }
 
-/* The same in integers: queries and keys with a scale per token, probabilities with one per query, values per channel. */
+/* The same in integers: queries and keys have a scale per token, probabilities one per query, values one per channel. */
 static void attend_s8(const fb_model *m, ptrdiff_t seq, ptrdiff_t queries, const float *q, const head_scratch *s,
                       float *context)
 {
@@ -472,8 +472,8 @@ static void attend_s8(const fb_model *m, ptrdiff_t seq, ptrdiff_t queries, const
     }
 }
 
-/* context [tokens][hidden], one sequence and head at a time; in a narrow micro-batch [sequences][hidden], and x is reduced
- * to the same rows. */
+/* context [tokens][hidden], one sequence and head at a time; in a narrow micro-batch [sequences][hidden], and x is
+ * reduced to the same rows. */
 static void attention(const micro_batch *b)
 {
     const fb_model *m = b->model;

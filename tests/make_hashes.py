@@ -25,7 +25,8 @@ from tests.models import Batch, Model, Sentence
 HASHES = GOLDEN / "hashes.json"
 PRECISIONS = ("fp32", "int8")
 
-# 200 ragged texts of random ids, the last long enough for attention in integers, each by models of several heads, activations and poolings; k = 1536 has many blocks.
+# 200 ragged texts of random ids, the last long enough for attention in integers, each by models of several heads,
+# activations and poolings; k = 1536 has many blocks.
 LENGTHS = [*(1 + i % 4 for i in range(199)), 72]
 SHAPES: dict[str, dict[str, Any]] = {
     "gelu": {"seed": 31, "hidden_size": 128, "sentence": Sentence()},

@@ -1,4 +1,5 @@
-/* rows.inc.h: the row operations, written once over the 16-lane vector of simd_*.h: softmax, LayerNorm, mixing, quantising.
+/* rows.inc.h: the row operations, written once over the 16-lane vector of simd_*.h: softmax, also in bytes, LayerNorm, mixing,
+ * quantising.
  *
  * A kernel file includes its simd_*.h and activations.inc.h, defines FB_ISA_NAME(op), and includes this file.
  */
