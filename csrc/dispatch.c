@@ -43,6 +43,7 @@ static void inherit(fb_kernels *merged, const fb_kernels *row)
         merged->slot = row->slot;
     FB_INHERIT(gemm_f32)
     FB_INHERIT(softmax_f32)
+    FB_INHERIT(softmax_u8)
     FB_INHERIT(layernorm_f32)
     FB_INHERIT(mix_f32)
     FB_INHERIT(quantize_u8)

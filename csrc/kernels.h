@@ -118,6 +118,10 @@ typedef struct fb_gemm_s8 {
     const char *name;
     size_t (*packed_bytes)(ptrdiff_t n, ptrdiff_t k);
     void (*pack)(ptrdiff_t n, ptrdiff_t k, const int8_t *w, ptrdiff_t ldw, const float *scale_w, void *packed);
+    /* Quantises and packs W with element [j][p] at w[j * stride_n + p * stride_k], strides as in fb_gemm_f32, as q and scale_w:
+     *   scale_w[j] = max_p |w[j][p]| / 127,  q = rint(w * (1 / scale_w)), the product not rounded
+     * scale_w 0 with all q 0 where it would be below 2^-120; NaN with all q 0 where a row holds a NaN or an infinity. */
+    void (*pack_f32)(ptrdiff_t n, ptrdiff_t k, const float *w, ptrdiff_t stride_n, ptrdiff_t stride_k, void *packed);
     void (*run)(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const uint8_t *a, ptrdiff_t lda, const float *scale_a,
                 const int32_t *zero, const void *packed, const fb_epilogue *epilogue, float *c, ptrdiff_t ldc);
 } fb_gemm_s8;
@@ -133,6 +137,19 @@ typedef struct fb_gemm_s8 {
  *          A NaN in a row makes that row NaN.
  */
 typedef void fb_softmax_f32(ptrdiff_t rows, ptrdiff_t n, float scale, float *x, ptrdiff_t ldx);
+
+/* softmax_u8: the softmax of each row as bytes over their sum, the activations of a gemm_s8 with zero 0.
+ *
+ *   e[j] = 255 exp(x[j] - max(x)),  q[j] = e[j] rounded,  scale = 1 / sum(q)
+ *
+ *   x       [rows][n], rows ldx apart; 1 <= n <= 65536
+ *   q       [rows][fb_k8(n)], rows ldq >= fb_k8(n) apart; bytes from n on are 0
+ *   scale   [rows]; NaN, with all q 0, where softmax_f32 has a NaN
+ * Numbers  |e error| < 0.0124 (v_exp_255), so |q - e| < 0.5124; the largest q of a row is 255. sum(q) is exact. Ties, which
+ *          are rounded as the sum of the lane so far has it, are all that depends on the order of a row.
+ */
+typedef void fb_softmax_u8(ptrdiff_t rows, ptrdiff_t n, const float *x, ptrdiff_t ldx, uint8_t *q, ptrdiff_t ldq,
+                           float *scale);
 
 /* layernorm_f32: y = (x - mean) / sqrt(var + eps) * gamma + beta for each row (Ba et al., arXiv:1607.06450).
  *
@@ -150,6 +167,7 @@ typedef struct fb_kernels {
     uint32_t needs; /* FB_CPU_* bits, all of them (cpu.h) */
     const fb_gemm_f32 *gemm_f32;
     fb_softmax_f32 *softmax_f32;
+    fb_softmax_u8 *softmax_u8;
     fb_layernorm_f32 *layernorm_f32;
     fb_mix_f32 *mix_f32;
     fb_quantize_u8 *quantize_u8;

@@ -516,6 +516,83 @@ class SoftmaxF32:
 
 
 @dataclass(frozen=True)
+class SoftmaxU8:
+    """out [rows][k8(n) + 1] = q, scale of x [rows][n]: copies of what the kernel writes, in float32.
+
+    truth is e = 255 exp(x - max(x)) and 1 / its sum; what scale must be to the last bit, q tells.
+    """
+
+    op: ClassVar[str] = "softmax_u8"
+    rows: int
+    n: int
+
+    ROUNDED: ClassVar[float] = 0.5124  # kernels.h
+
+    def __str__(self) -> str:
+        return f"rows{self.rows}n{self.n}"
+
+    def operands(self, rng: np.random.Generator) -> Operands:
+        """A row of several bytes of each size: sharp rows, flat ones and ones in between in turn."""
+        spread = np.array([3.0, 1.0, 0.2])[np.arange(self.rows) % 3, None]
+        return {"x": (spread * rng.standard_normal((self.rows, self.n))).astype(np.float32)}
+
+    def out_shape(self) -> tuple[int, int]:
+        return self.rows, k8(self.n) + 1
+
+    def bind(self, kernels: KernelSet, operands: Operands, out: F32, place: Place = aligned) -> Callable[[int], None]:
+        q = place("q", np.full((self.rows, k8(self.n)), 255, np.uint8))
+        scale = place("scale", np.full(self.rows, -1, np.float32))
+
+        def run(repeat: int) -> None:
+            kernels.softmax_u8(operands["x"], q, scale, repeat)
+            out[:, :-1], out[:, -1] = q, scale
+
+        return run
+
+    def _truth(self, x: F32, most: F64) -> F64:
+        out = np.zeros(self.out_shape())
+        out[:, : self.n] = 255 * np.exp(x.astype(np.float64) - most)
+        out[:, -1] = 1 / out.sum(axis=1)
+        return out
+
+    def truth(self, operands: Operands) -> F64:
+        return self._truth(operands["x"], operands["x"].max(axis=1, keepdims=True).astype(np.float64))
+
+    def bound(self, operands: Operands) -> F64:
+        """One rounding of x - max, which exp multiplies; the bound of the contract. The sum has that of its terms."""
+        out, x = self.truth(operands), operands["x"].astype(np.float64)
+        scale = out[:, -1]
+        difference = U * (x.max(axis=1, keepdims=True) - x)
+        off = np.zeros(self.out_shape())
+        off[:, : self.n] = self.ROUNDED + out[:, : self.n] * difference
+        total = off.sum(axis=1)
+        off[:, -1] = scale * (scale * total / np.maximum(1 - scale * total, 1e-9) + 2 * U)
+        return off
+
+    def bits(self, operands: Operands) -> None:
+        return None  # exp may be any function within its bound
+
+    def wrong(self, operands: Operands) -> Iterator[tuple[str, F64]]:
+        if self.rows == 0:
+            return
+        truth = self.truth(operands)
+        if self.n > 1:
+            yield "largest element not taken off", self._truth(operands["x"], np.zeros((self.rows, 1)))
+            yield "elements in the wrong order", np.hstack([truth[:, self.n - 1 :: -1], truth[:, self.n :]])
+        if self.n % 64:
+            padded = truth.copy()
+            padded[:, self.n : -1] = 1
+            yield "bytes from n on not cleared", padded
+        yield "256 steps", truth * np.where(np.arange(truth.shape[1]) == truth.shape[1] - 1, 255 / 256, 256 / 255)
+
+    def flops(self) -> int:
+        return 0
+
+    def moved_bytes(self) -> int:
+        return self.rows * (4 * self.n + k8(self.n) + 4)
+
+
+@dataclass(frozen=True)
 class LayerNormF32:
     """out [rows][n] = (x - mean) / sqrt(var + eps) * gamma + beta; inplace: out is x."""
 
@@ -775,4 +852,6 @@ class QuantizeU8:
         return self.rows * (4 * self.k + k8(self.k) + 8)
 
 
-OPS: dict[str, type[Case]] = {op.op: op for op in (GemmF32, GemmS8, SoftmaxF32, LayerNormF32, MixF32, QuantizeU8)}
+OPS: dict[str, type[Case]] = {
+    op.op: op for op in (GemmF32, GemmS8, SoftmaxF32, SoftmaxU8, LayerNormF32, MixF32, QuantizeU8)
+}

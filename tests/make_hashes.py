@@ -25,8 +25,9 @@ from tests.models import Batch, Model, Sentence
 HASHES = GOLDEN / "hashes.json"
 PRECISIONS = ("fp32", "int8")
 
-# 200 ragged texts of random ids, each by models of several heads, activations and poolings; k = 1536 has many blocks.
-LENGTHS = [*(1 + i % 4 for i in range(199)), 40]
+# 200 ragged texts of random ids, the last long enough for attention in integers, each by models of several heads,
+# activations and poolings; k = 1536 has many blocks.
+LENGTHS = [*(1 + i % 4 for i in range(199)), 72]
 SHAPES: dict[str, dict[str, Any]] = {
     "gelu": {"seed": 31, "hidden_size": 128, "sentence": Sentence()},
     "gelu_new": {"seed": 32, "hidden_size": 48, "num_attention_heads": 3, "intermediate_size": 100}

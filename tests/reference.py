@@ -4,7 +4,8 @@ Devlin et al., arXiv:1810.04805, with the conventions of Hugging Face ``transfor
 the residual) and, for sentence vectors, of ``sentence-transformers``. tests/golden holds what those two libraries give.
 
     config   the keys of config.json, plus "pooling" (names of POOLING), "dense" (names of ACTIVATIONS) and "normalize";
-             "precision": "int8" puts the encoder's linear layers and the word embeddings through eight bits
+             "precision": "int8" puts the encoder's linear layers and the word embeddings through eight bits, and the
+             attention of sequences of INTEGER_ATTENTION tokens and more
     weights  arrays by checkpoint name without a prefix; dense.<i>.weight [out, in] and dense.<i>.bias for "dense";
              any float type: the activations are float64 from the first line on, so NumPy computes in float64
     ragged   the tokens of all sequences in one row: ids [tokens], offsets [batch + 1] from 0 to tokens; no padding
@@ -121,7 +122,7 @@ def quantize_tokens(x: Array) -> Array:
     return scale * (np.clip(np.rint(x * inverse) + zero, 0, 255) - zero)
 
 
-def quantize_rows(w: NDArray[np.float32]) -> Array:
+def quantize_rows(w: NDArray[Any]) -> Array:
     """scale * q, q in -127 .. 127, a scale per row."""
     scale = np.abs(w).max(axis=1, keepdims=True) / 127
     return scale.astype(np.float64) * np.clip(np.rint(w * _inverse(scale)), -127, 127)
@@ -138,6 +139,23 @@ def quantize_weights(weights: Weights) -> Weights:
         return w
 
     return {name: quantized(name, w) for name, w in weights.items()}
+
+
+INTEGER_ATTENTION = 64  # tokens of a sequence from which its attention is integer: SEQ_S8 of csrc/bert.c
+EXP_255 = np.array([1.9990102, 0.24971582, 0.015329663, 0.00051042525], np.float32)  # of csrc/kernels/activations.inc.h
+
+
+def probabilities(scores: Array) -> Array:
+    """softmax_u8: bytes over their sum."""
+    x = np.maximum(scores - scores.max(axis=-1, keepdims=True), -6.25)
+    q = np.rint(np.polynomial.polynomial.polyval(x, EXP_255.astype(np.float64)) ** 8)
+    return q / q.sum(axis=-1, keepdims=True)
+
+
+def integer_attention(q: Array, k: Array, v: Array) -> Array:
+    """The context of one head from q, k, v [seq, head_dim]: q and k with a scale per row, v with one per column."""
+    scores = quantize_tokens(q) @ quantize_rows(k).T / math.sqrt(q.shape[1])
+    return probabilities(scores) @ quantize_rows(v.T).T
 
 
 # ---- one sequence ----
@@ -168,8 +186,11 @@ def encode(config: Mapping[str, Any], weights: Weights, ids: NDArray[Any], type_
     for i in range(config["num_hidden_layers"]):
         layer = f"encoder.layer.{i}"
         q, k, v = (split_heads(linear(f"{layer}.attention.self.{name}", x)) for name in ("query", "key", "value"))
-        probs = softmax(q @ k.transpose(0, 2, 1) / math.sqrt(head_dim))  # [heads, seq, seq]
-        context = (probs @ v).transpose(1, 0, 2).reshape(seq, hidden)
+        if int8 and seq >= INTEGER_ATTENTION:
+            context = np.array([integer_attention(*head) for head in zip(q, k, v, strict=True)])
+        else:
+            context = softmax(q @ k.transpose(0, 2, 1) / math.sqrt(head_dim)) @ v  # [heads, seq, head_dim]
+        context = context.transpose(1, 0, 2).reshape(seq, hidden)
         x = norm(f"{layer}.attention.output.LayerNorm", x + linear(f"{layer}.attention.output.dense", context))
         ffn = linear(f"{layer}.output.dense", act(linear(f"{layer}.intermediate.dense", x)))
         x = norm(f"{layer}.output.LayerNorm", x + ffn)

@@ -27,6 +27,7 @@
 
 #define FB_ISA_NAME(op) op##_amx
 #include "activations.inc.h"
+#include "epilogue.inc.h"
 
 #define FB_S8_DEPTH 4
 #include "gemm_s8.inc.h"
@@ -333,7 +334,7 @@ static void gemm_s8_amx(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const uint8_t *a,
         e.finish(&e);
 }
 
-static const fb_gemm_s8 gemm_s8 = {"gemm_s8_32x32_amx", s8_packed_bytes_amx, s8_pack_amx, gemm_s8_amx};
+static const fb_gemm_s8 gemm_s8 = {"gemm_s8_32x32_amx", s8_packed_bytes_amx, s8_pack_amx, s8_pack_f32_amx, gemm_s8_amx};
 #endif
 
 const fb_kernels fb_kernels_amx = {

@@ -1,4 +1,5 @@
-/* rows.inc.h: the row operations, written once over the 16-lane vector of simd_*.h: softmax, LayerNorm, mixing, quantising.
+/* rows.inc.h: the row operations, written once over the 16-lane vector of simd_*.h: softmax, also in bytes, LayerNorm, mixing,
+ * quantising.
  *
  * A kernel file includes its simd_*.h and activations.inc.h, defines FB_ISA_NAME(op), and includes this file.
  */
@@ -30,6 +31,42 @@ static void FB_ISA_NAME(softmax_f32)(ptrdiff_t rows, ptrdiff_t n, float scale, f
             v_store(x + j, v_mul(v_load(x + j), inverse));
         if (tail)
             v_store_n(x + body, v_mul(v_load_n(x + body, tail, 0.0f), inverse), tail);
+    }
+}
+
+/* The lanes' sums start at 1.5 * 2^23, where neighbouring float32 are 1 apart: adding e to one rounds e, and what the bits
+ * of the sum grow by is q. */
+static void FB_ISA_NAME(softmax_u8)(ptrdiff_t rows, ptrdiff_t n, const float *x, ptrdiff_t ldx, uint8_t *q,
+                                    ptrdiff_t ldq, float *scale)
+{
+    const ptrdiff_t body = n - n % 16, tail = n - body;
+    const vf start = v_set1(12582912.0f);
+    for (ptrdiff_t i = 0; i < rows; i++, x += ldx, q += ldq) {
+        vf largest = v_set1(-INFINITY);
+        for (ptrdiff_t j = 0; j < body; j += 16)
+            largest = v_max(largest, v_load(x + j));
+        if (tail)
+            largest = v_max(largest, v_load_n(x + body, tail, -INFINITY));
+        const vf most = v_set1(v_largest(largest));
+        vf sum = start;
+        for (ptrdiff_t j = 0; j < n; j += FB_K8) {
+            vi bytes[FB_K8 / 16];
+            FB_UNROLL
+            for (ptrdiff_t at = 0; at < FB_K8; at += 16) {
+                bytes[at / 16] = vi_set1(0);
+                if (j + at >= n)
+                    continue;
+                const vf v = j + at < body ? v_load(x + j + at) : v_load_n(x + body, tail, -INFINITY);
+                const vf before = sum;
+                sum = v_add(sum, v_exp_255(v_sub(v, most)));
+                bytes[at / 16] = vi_sub(v_bits(sum), v_bits(before));
+            }
+            vi_to_u8x64(q + j, bytes);
+        }
+        const float total = v_sum(v_sub(sum, start)); /* whole numbers below 2^24: exact */
+        if (!(total > 0.0f))
+            memset(q, 0, (size_t)fb_k8(n));
+        scale[i] = 1.0f / total;
     }
 }
 

@@ -183,6 +183,29 @@ static inline vi vi_widen_s8(const int8_t *p)
     const __m128i *from = (const __m128i *)p;
     return FB_BOTH_I(_mm256_cvtepi8_epi16(_mm_loadu_si128(from)), _mm256_cvtepi8_epi16(_mm_loadu_si128(from + 1)));
 }
+static inline vi v_bits(vf a) { return FB_BOTH_I(_mm256_castps_si256(a.lo), _mm256_castps_si256(a.hi)); }
+static inline vi vi_add(vi a, vi b) { return FB_BOTH_I(_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)); }
+static inline vi vi_shl(vi a, int n) { return FB_BOTH_I(_mm256_slli_epi32(a.lo, n), _mm256_slli_epi32(a.hi, n)); }
+static inline vi vi_xor(vi a, vi b) { return FB_BOTH_I(_mm256_xor_si256(a.lo, b.lo), _mm256_xor_si256(a.hi, b.hi)); }
+static inline void vi_to_u8x64(uint8_t *p, const vi q[4])
+{
+    /* the packs work within 128 bits: quarter i of a q[j] ends up as 32-bit element (i & 1) * 4 + (j & 1) * 2 + i / 2 */
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    FB_UNROLL
+    for (int j = 0; j < 4; j += 2) {
+        const __m256i words = _mm256_packs_epi32(q[j].lo, q[j].hi);
+        const __m256i bytes = _mm256_packus_epi16(words, _mm256_packs_epi32(q[j + 1].lo, q[j + 1].hi));
+        _mm256_storeu_si256((__m256i *)(p + 16 * j), _mm256_permutevar8x32_epi32(bytes, order));
+    }
+}
+static inline void vi_store_halves(int8_t *p, vi a)
+{
+    const __m256i low = _mm256_set1_epi32(0xffff);
+    const __m256i l = _mm256_packus_epi32(_mm256_and_si256(a.lo, low), _mm256_and_si256(a.hi, low));
+    const __m256i h = _mm256_packus_epi32(_mm256_srli_epi32(a.lo, 16), _mm256_srli_epi32(a.hi, 16));
+    _mm256_storeu_si256((__m256i *)p, _mm256_permute4x64_epi64(l, 0xd8));
+    _mm256_storeu_si256((__m256i *)p + 1, _mm256_permute4x64_epi64(h, 0xd8));
+}
 static inline vi vi_sub(vi a, vi b) { return FB_BOTH_I(_mm256_sub_epi32(a.lo, b.lo), _mm256_sub_epi32(a.hi, b.hi)); }
 static inline vi vi_mul(vi a, vi b)
 {

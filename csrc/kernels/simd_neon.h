@@ -157,6 +157,33 @@ static inline void vi_store(int32_t *p, vi a)
     for (int i = 0; i < 4; i++)
         vst1q_s32(p + 4 * i, a.q[i]);
 }
+static inline vi v_bits(vf a) { FB_QUARTERS(vi, vreinterpretq_s32_f32(a.q[i])); }
+static inline vi vi_add(vi a, vi b) { FB_QUARTERS(vi, vaddq_s32(a.q[i], b.q[i])); }
+static inline vi vi_shl(vi a, int n) { FB_QUARTERS(vi, vshlq_s32(a.q[i], vdupq_n_s32(n))); }
+static inline vi vi_xor(vi a, vi b) { FB_QUARTERS(vi, veorq_s32(a.q[i], b.q[i])); }
+static inline void vi_to_u8x64(uint8_t *p, const vi q[4])
+{
+    FB_UNROLL
+    for (int j = 0; j < 4; j++) {
+        const int16x8_t low = vcombine_s16(vmovn_s32(q[j].q[0]), vmovn_s32(q[j].q[1]));
+        const int16x8_t high = vcombine_s16(vmovn_s32(q[j].q[2]), vmovn_s32(q[j].q[3]));
+        vst1q_u8(p + 16 * j, vreinterpretq_u8_s8(vcombine_s8(vmovn_s16(low), vmovn_s16(high))));
+    }
+}
+static inline void vi_store_zipped(int8_t *p, const vi w[4], int count)
+{
+    FB_UNROLL
+    for (int i = 0; i < 4; i++) {
+        if (count == 4) {
+            const int32x4x4_t all = {{w[0].q[i], w[1].q[i], w[2].q[i], w[3].q[i]}};
+            vst4q_s32((int32_t *)p + 16 * i, all);
+        } else {
+            const int32x4x2_t first = {{w[0].q[i], w[1].q[i]}}, second = {{w[2].q[i], w[3].q[i]}};
+            vst2q_s32((int32_t *)p + 8 * i, first);
+            vst2q_s32((int32_t *)p + 32 + 8 * i, second);
+        }
+    }
+}
 static inline vi vi_sub(vi a, vi b) { FB_QUARTERS(vi, vsubq_s32(a.q[i], b.q[i])); }
 static inline vi vi_mul(vi a, vi b) { FB_QUARTERS(vi, vmulq_s32(a.q[i], b.q[i])); }
 static inline vf vi_to_f32(vi a) { FB_QUARTERS(vf, vcvtq_f32_s32(a.q[i])); }

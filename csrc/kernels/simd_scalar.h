@@ -123,6 +123,10 @@ static inline void v_transpose(vf r[16])
  *   vi_dot      acc + the four products of each column: r a row's four bytes, w 16 columns by 4 steps of k; with
  *               FB_S8_DEPTH 2 two products: r a row's two int16, w 16 columns by 2 steps of k, in int16
  *   vi_widen_u8, vi_widen_s8    32 bytes as 32 int16; only where a set uses them
+ *   v_bits      the bits of the lanes; vi_add, vi_sub and vi_shl are modulo 2^32
+ *   vi_to_u8x64 lanes of four vectors, each 0 .. 255, to 64 bytes
+ *   vi_store_halves   the low 16 bits of each lane, then the high ones: 64 bytes; only for FB_S8_DEPTH 2
+ *   vi_store_zipped   `count` vectors at a time, 2 or 4 of the 4: a lane of each in turn; only for FB_S8_DEPTH 8 and 16
  *   FB_A_SHIFT  vi_dot takes a - FB_A_SHIFT for a
  */
 typedef struct {
@@ -152,9 +156,35 @@ static inline vi vi_load(const int32_t *p)
     return r;
 }
 static inline void vi_store(int32_t *p, vi a) { memcpy(p, a.l, sizeof a.l); }
+static inline vi v_bits(vf a)
+{
+    vi r;
+    memcpy(r.l, a.l, sizeof r.l);
+    return r;
+}
+static inline vi vi_add(vi a, vi b)
+{
+    FB_LANES a.l[i] = (int32_t)((uint32_t)a.l[i] + (uint32_t)b.l[i]);
+    return a;
+}
+static inline vi vi_shl(vi a, int n)
+{
+    FB_LANES a.l[i] = (int32_t)((uint32_t)a.l[i] << n);
+    return a;
+}
+static inline vi vi_xor(vi a, vi b)
+{
+    FB_LANES a.l[i] ^= b.l[i];
+    return a;
+}
+static inline void vi_to_u8x64(uint8_t *p, const vi q[4])
+{
+    for (int j = 0; j < 4; j++)
+        FB_LANES p[16 * j + i] = (uint8_t)q[j].l[i];
+}
 static inline vi vi_sub(vi a, vi b)
 {
-    FB_LANES a.l[i] -= b.l[i];
+    FB_LANES a.l[i] = (int32_t)((uint32_t)a.l[i] - (uint32_t)b.l[i]);
     return a;
 }
 static inline vi vi_mul(vi a, vi b)

@@ -26,6 +26,9 @@ class KernelSet:
         repeat: int = 1,
     ) -> None: ...
     def softmax_f32(self, x: NDArray[np.float32], scale: float, repeat: int = 1) -> None: ...
+    def softmax_u8(
+        self, x: NDArray[np.float32], q: NDArray[np.uint8], scale: NDArray[np.float32], repeat: int = 1
+    ) -> None: ...
     def layernorm_f32(
         self,
         x: NDArray[np.float32],
@@ -50,6 +53,7 @@ class KernelSet:
     def pack_s8(
         self, w: NDArray[np.int8], scale_w: NDArray[np.float32], packed: NDArray[np.uint8], repeat: int = 1
     ) -> None: ...
+    def pack_f32_s8(self, w: NDArray[np.float32], packed: NDArray[np.uint8], repeat: int = 1) -> None: ...
     def gemm_s8(
         self,
         a: NDArray[np.uint8],

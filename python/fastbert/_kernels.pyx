@@ -37,6 +37,8 @@ cdef extern from "kernels.h" nogil:
         size_t (*packed_bytes)(ptrdiff_t n, ptrdiff_t k) noexcept nogil
         void (*pack)(ptrdiff_t n, ptrdiff_t k, const int8_t *w, ptrdiff_t ldw, const float *scale_w,
                      void *packed) noexcept nogil
+        void (*pack_f32)(ptrdiff_t n, ptrdiff_t k, const float *w, ptrdiff_t stride_n, ptrdiff_t stride_k,
+                         void *packed) noexcept nogil
         void (*run)(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const uint8_t *a, ptrdiff_t lda, const float *scale_a,
                     const int32_t *zero, const void *packed, const fb_epilogue *epilogue, float *c,
                     ptrdiff_t ldc) noexcept nogil
@@ -44,6 +46,8 @@ cdef extern from "kernels.h" nogil:
         const char *isa
         const fb_gemm_f32 *gemm_f32
         void (*softmax_f32)(ptrdiff_t rows, ptrdiff_t n, float scale, float *x, ptrdiff_t ldx) noexcept nogil
+        void (*softmax_u8)(ptrdiff_t rows, ptrdiff_t n, const float *x, ptrdiff_t ldx, uint8_t *q, ptrdiff_t ldq,
+                           float *scale) noexcept nogil
         void (*layernorm_f32)(ptrdiff_t rows, ptrdiff_t n, const float *x, ptrdiff_t ldx, const float *gamma,
                               const float *beta, float eps, float *y, ptrdiff_t ldy) noexcept nogil
         void (*mix_f32)(ptrdiff_t rows, ptrdiff_t n, const float *x, ptrdiff_t ldx, float *y,
@@ -128,6 +132,15 @@ cdef int check_packed(const unsigned char[::1] packed, size_t expected, Py_ssize
     return 0
 
 
+cdef (Py_ssize_t, Py_ssize_t) pack_strides(const float[:, :] w) except *:
+    """Elements between the rows and between the columns of w, one of them 1."""
+    cdef Py_ssize_t stride_n = w.strides[0] // 4 if w.shape[0] > 1 else 1
+    cdef Py_ssize_t stride_k = w.strides[1] // 4 if w.shape[1] > 1 else 1
+    if stride_n != 1 and stride_k != 1:
+        raise ValueError(f"w: expected a stride of 4 bytes, got {w.strides[0]} and {w.strides[1]}")
+    return stride_n, stride_k
+
+
 cdef fb_epilogue epilogue_of(const float[::1] bias, str act, const float[:, :] residual, Py_ssize_t m,
                              Py_ssize_t n) except *:
     cdef fb_epilogue epilogue
@@ -177,11 +190,8 @@ cdef class KernelSet:
 
     def pack(self, const float[:, :] w, unsigned char[::1] packed, Py_ssize_t repeat=1):
         """Packs w [n][k], one of its two strides 1 element, into packed [packed_bytes(n, k)], 64-byte aligned."""
-        cdef Py_ssize_t n = w.shape[0], k = w.shape[1], _
-        cdef Py_ssize_t stride_n = w.strides[0] // 4 if n > 1 else 1
-        cdef Py_ssize_t stride_k = w.strides[1] // 4 if k > 1 else 1
-        if stride_n != 1 and stride_k != 1:
-            raise ValueError(f"w: expected a stride of 4 bytes, got {w.strides[0]} and {w.strides[1]}")
+        cdef Py_ssize_t n = w.shape[0], k = w.shape[1], stride_n, stride_k, _
+        stride_n, stride_k = pack_strides(w)
         check_packed(packed, self.k.gemm_f32.packed_bytes(n, k), n, k)
         with nogil:
             for _ in range(repeat):
@@ -206,6 +216,17 @@ cdef class KernelSet:
         with nogil:
             for _ in range(repeat):
                 self.k.softmax_f32(x.shape[0], x.shape[1], scale, &x[0, 0], ldx)
+
+    def softmax_u8(self, const float[:, :] x, uint8_t[:, :] q, float[::1] scale, Py_ssize_t repeat=1):
+        """softmax(x [rows][n]) ~ scale [rows] * q [rows][k8(n)]; the bytes of q from n on become 0; n >= 1."""
+        cdef Py_ssize_t rows = x.shape[0], n = x.shape[1], _
+        cdef Py_ssize_t ldx = row_stride("x", x, rows, n), ldq = row_stride("q", q, rows, fb_k8(n))
+        check_vector("scale", scale, rows)
+        if n < 1:
+            raise ValueError("x: expected rows of at least one element")
+        with nogil:
+            for _ in range(repeat):
+                self.k.softmax_u8(rows, n, &x[0, 0], ldx, &q[0, 0], ldq, &scale[0])
 
     def layernorm_f32(self, const float[:, :] x, const float[::1] gamma, const float[::1] beta, float eps,
                       float[:, :] out, Py_ssize_t repeat=1):
@@ -257,6 +278,15 @@ cdef class KernelSet:
         with nogil:
             for _ in range(repeat):
                 self.k.gemm_s8.pack(n, k, &w[0, 0], ldw, &scale_w[0], &packed[0])
+
+    def pack_f32_s8(self, const float[:, :] w, unsigned char[::1] packed, Py_ssize_t repeat=1):
+        """Quantises w [n][k], one of its two strides 1 element, and packs it into packed [packed_bytes_s8(n, k)]."""
+        cdef Py_ssize_t n = w.shape[0], k = w.shape[1], stride_n, stride_k, _
+        stride_n, stride_k = pack_strides(w)
+        check_packed(packed, self.k.gemm_s8.packed_bytes(n, k), n, k)
+        with nogil:
+            for _ in range(repeat):
+                self.k.gemm_s8.pack_f32(n, k, &w[0, 0], stride_n, stride_k, &packed[0])
 
     def gemm_s8(self, const uint8_t[:, :] a, Py_ssize_t k, const float[::1] scale_a, const int32_t[::1] zero,
                 const unsigned char[::1] packed, float[:, :] out, const float[::1] bias=None, str act="none",
