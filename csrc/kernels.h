@@ -103,6 +103,9 @@ typedef void fb_quantize_u8(ptrdiff_t rows, ptrdiff_t k, const float *x, ptrdiff
  *   t[i][j] = sum_p (a[i][p] - zero[i]) * W[j][p]                         exact, in int32
  *   C[i][j] = residual[i][j] + act(fma((float)t[i][j], scale_a[i] * scale_w[j], bias[j]))
  *
+ *   act     as in gemm_f32, but GELU, GELU_TANH and SILU, which are quantised next, with an absolute error of at most 2.6e-5,
+ *           2.2e-5 and 1.03e-4 and one rounding, as fma(-|x|, (r r) (r r), max(0, x)), r = max(0, Q(|x|)), Q by fmas from
+ *           its highest power down (v_act_s8): exactly x or 0 beyond 4.68, 4.59 and 13.28, NaN for an infinity
  *   a       [m][fb_k8(k)] u8, rows lda bytes apart; bytes from k on meet zero weights
  *   scale_a, zero [m]
  *   packed  W [n][k] in -127 .. 127, its column sums and scale_w [n], as laid out by pack of this same struct

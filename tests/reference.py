@@ -12,6 +12,7 @@ the residual) and, for sentence vectors, of ``sentence-transformers``. tests/gol
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -54,6 +55,22 @@ ACTIVATIONS = {
     "silu": silu,
     "tanh": np.tanh,
 }
+
+
+# Int8 models: act(x) = max(0, x) - |x| r^4, r = max(0, Q(|x|)); Q from its constant up (kernels/activations.inc.h).
+GATES = {
+    "gelu": (0.84062767, -0.165751591, -0.0546290204, 0.0085022999, 0.00284139183, -0.000491756538),
+    "gelu_tanh": (0.84064436, -0.165688053, -0.0553040095, 0.00992462877, 0.00207228097, -0.000390098721),
+    "silu": (0.840065897, -0.100333072, -0.0285121668, 0.0101582017, -0.00134988793, 8.56768893e-05, -2.1282433e-06),
+}
+
+
+def gated(name: str, x: Array) -> Array:
+    a = np.abs(x)
+    return np.maximum(x, 0) - a * np.maximum(np.polynomial.Polynomial(GATES[name])(a), 0) ** 4
+
+
+ACTIVATIONS_INT8 = ACTIVATIONS | {name: partial(gated, name) for name in GATES}
 
 
 def softmax(x: Array) -> Array:
@@ -130,8 +147,8 @@ def encode(config: Mapping[str, Any], weights: Weights, ids: NDArray[Any], type_
     """last_hidden_state [seq, hidden] of one sequence."""
     seq, hidden, heads = len(ids), config["hidden_size"], config["num_attention_heads"]
     head_dim = hidden // heads
-    act = ACTIVATIONS[config["hidden_act"]]
     int8 = config.get("precision") == "int8"  # then forward() has quantised the weights
+    act = (ACTIVATIONS_INT8 if int8 else ACTIVATIONS)[config["hidden_act"]]
 
     def linear(name: str, x: Array) -> Array:
         if int8:

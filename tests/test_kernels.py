@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from fastbert._kernels import ACTS, CHAIN, STRIP, KernelSet, kernel_sets, mix_gain
 from tests.cases import (
-    ACTIVATIONS,
     F32,
     TINY,
     Case,
@@ -237,6 +236,7 @@ def case_id(case: Case) -> str:
 
 every_case = pytest.mark.parametrize("case", CASES, ids=case_id)
 every_small_case = pytest.mark.parametrize("case", SMALL, ids=case_id)
+every_gemm = pytest.mark.parametrize("op", [GemmF32, GemmS8], ids=lambda op: op.op)
 
 
 # ---- right, wherever the operands lie ----
@@ -318,7 +318,7 @@ def test_rows_do_not_depend_on_the_batch(kernels: KernelSet, case: Case, seed: i
 
 
 @pytest.mark.parametrize("m, n, k", [(1, 161, 40), (13, 161, CHAIN + 3), (5, 768, 64), (3, 40, 0)])
-@pytest.mark.parametrize("op", [GemmF32, GemmS8], ids=lambda op: op.op)
+@every_gemm
 def test_strips_of_columns(kernels: KernelSet, op: type[Linear], m: int, n: int, k: int, seed: int) -> None:
     case = op(m, n, k, "gelu", True, True)
     operands, _ = prepared(case, seed)
@@ -409,46 +409,48 @@ def test_extreme_rows_spoil_no_others(kernels: KernelSet, case: Case, extreme: s
 # ---- activations ----
 
 
-def activation(kernels: KernelSet, act: str, x: F32) -> F32:
+def activation(op: type[Linear], kernels: KernelSet, act: str, x: F32) -> F32:
     """act(x) [n], by a GEMM without products whose bias is x."""
-    out = np.empty((1, x.size), np.float32)
-    packed = aligned("packed", np.zeros(kernels.packed_bytes(x.size, 0), np.uint8))
-    kernels.gemm_f32(np.empty((1, 0), np.float32), packed, out, x, act)
-    return out[0]
+    case = op(1, x.size, 0, act, True)
+    return run(kernels, case, case.factors(np.random.default_rng(0)) | {"bias": x})[0]
 
 
+@every_gemm
 @pytest.mark.parametrize("act", ACTS)
-def test_activation_error(act: str, request: pytest.FixtureRequest) -> None:
+def test_activation_error(act: str, op: type[Linear], request: pytest.FixtureRequest) -> None:
     """On 2^22 float32 of every sign and exponent (--exhaustive: on all 2^32): error, NaNs, the same bits everywhere."""
     step, chunk = (1, 2**20) if request.config.getoption("--exhaustive") else (1021, 2**16)
     for begin in range(0, 2**32, chunk * step):
         x = np.arange(begin, min(begin + chunk * step, 2**32), step, np.uint32).view(np.float32)
-        result, *others = (activation(kernels, act, x) for kernels in SUPPORTED)
+        result, *others = (activation(op, kernels, act, x) for kernels in SUPPORTED)
         assert all(bits(other) == bits(result) for other in others), f"{act}: kernel sets differ"
         assert np.isnan(result[np.isnan(x)]).all(), f"{act}: a NaN was lost"
         finite = np.isfinite(x)
         x, result = x[finite], result[finite].astype(np.float64)
         with np.errstate(all="ignore"):
-            truth = ACTIVATIONS[act].exact(x.astype(np.float64))
-            off = ~(np.abs(result - truth) <= ACTIVATIONS[act].bound(x.astype(np.float64)))
+            truth, bound = (
+                op.activations[act].exact(x.astype(np.float64)),
+                op.activations[act].bound(x.astype(np.float64)),
+            )
+            off = ~(np.abs(result - truth) <= bound)
         if off.any():
             at = np.argmax(off)
-            bound = ACTIVATIONS[act].bound(x[at : at + 1].astype(np.float64))[0]
-            pytest.fail(f"{act}({x[at]!r}): expected {truth[at]!r} +- {bound:.3g}, got {result[at]!r}")
+            pytest.fail(f"{act}({x[at]!r}): expected {truth[at]!r} +- {bound[at]:.3g}, got {result[at]!r}")
 
 
+@every_gemm
 @pytest.mark.parametrize("act", ["gelu", "gelu_tanh", "relu", "silu"])
-def test_activation_ends(kernels: KernelSet, act: str) -> None:
+def test_activation_ends(kernels: KernelSet, act: str, op: type[Linear]) -> None:
     """Far above 0 they are x; far below 0 they are 0, but for what exp, held near exp(-88), leaves of it."""
     x = np.array([100, 1e4, 1e10, 1e30, np.finfo(np.float32).max], np.float32)
-    assert np.array_equal(activation(kernels, act, x), x)
-    low = activation(kernels, act, -x)
-    assert (-ACTIVATIONS[act].held <= low).all() and (low <= 0).all(), low
+    assert np.array_equal(activation(op, kernels, act, x), x)
+    low = activation(op, kernels, act, -x)
+    assert (-op.activations[act].held <= low).all() and (low <= 0).all(), low
 
 
 def test_tanh_ends(kernels: KernelSet) -> None:
     x = np.array([10, 100, 1e30, np.finfo(np.float32).max, np.inf], np.float32)
-    assert np.array_equal(activation(kernels, "tanh", np.append(x, -x)), np.sign(np.append(x, -x)))
+    assert np.array_equal(activation(GemmF32, kernels, "tanh", np.append(x, -x)), np.sign(np.append(x, -x)))
 
 
 # ---- softmax ----

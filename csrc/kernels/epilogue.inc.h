@@ -11,17 +11,3 @@ static inline void store_columns(float *p, vf x, ptrdiff_t columns)
     else
         v_store_n(p, x, columns);
 }
-
-/* C = residual + act(C) for a finished tile of m rows and n columns, while it is in the L1 cache. */
-static void activate(fb_act act, ptrdiff_t m, ptrdiff_t n, const float *residual, ptrdiff_t ldr, float *c,
-                     ptrdiff_t ldc)
-{
-    for (ptrdiff_t i = 0; i < m; i++)
-        for (ptrdiff_t j = 0; j < n; j += 16) {
-            const ptrdiff_t columns = n - j < 16 ? n - j : 16;
-            vf x = v_act(act, load_columns(c + i * ldc + j, columns));
-            if (residual)
-                x = v_add(load_columns(residual + i * ldr + j, columns), x);
-            store_columns(c + i * ldc + j, x, columns);
-        }
-}

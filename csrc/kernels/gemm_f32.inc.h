@@ -112,6 +112,20 @@ static inline __attribute__((always_inline)) void finish(const int mr, const int
         store_columns(c + i * ldc + j * 16, acc[i][j], j == nv - 1 ? last_columns : 16);
 }
 
+/* C = residual + act(C) for a finished tile of m rows and n columns, while it is in the L1 cache. */
+static void activate(fb_act act, ptrdiff_t m, ptrdiff_t n, const float *residual, ptrdiff_t ldr, float *c,
+                     ptrdiff_t ldc)
+{
+    for (ptrdiff_t i = 0; i < m; i++)
+        for (ptrdiff_t j = 0; j < n; j += 16) {
+            const ptrdiff_t columns = n - j < 16 ? n - j : 16;
+            vf x = v_act(act, load_columns(c + i * ldc + j, columns));
+            if (residual)
+                x = v_add(load_columns(residual + i * ldr + j, columns), x);
+            store_columns(c + i * ldc + j, x, columns);
+        }
+}
+
 /* mr rows by nv strips over one panel. mr and nv are constants at each call, so acc stays in registers; between two chains
  * the sum waits in memory, aligned. */
 static inline __attribute__((always_inline)) void fb_tile_any(const int mr, const int nv, const fb_tile_args *t)

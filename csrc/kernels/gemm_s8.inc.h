@@ -37,13 +37,10 @@ typedef struct fb_s8_tile_args {
     ptrdiff_t ldc;
 } fb_s8_tile_args;
 
-/* Rows begin .. end - 1 of a tile from exact sums [mr][nv * 16], rows lds apart, to float32, one strip after the other. One
- * function for all tiles: their code stays small. The activation is a second pass over the tile, in the L1 cache, so that
- * the first has few branches. */
-static __attribute__((noinline)) void s8_finish(ptrdiff_t begin, ptrdiff_t end, ptrdiff_t nv, const int32_t *sums,
-                                                ptrdiff_t lds, const fb_s8_tile_args *t)
+static inline __attribute__((always_inline)) void s8_finish_as(const fb_act act, ptrdiff_t begin, ptrdiff_t end,
+                                                               ptrdiff_t nv, const int32_t *sums, ptrdiff_t lds,
+                                                               const fb_s8_tile_args *t)
 {
-    const float *residual = t->act == FB_ACT_NONE ? t->residual : NULL;
     for (ptrdiff_t j = 0; j < nv; j++) {
         const int8_t *after = t->strip + j * t->strip_bytes + t->k * 16;
         const vi w_sums = vi_load((const int32_t *)after);
@@ -54,14 +51,27 @@ static __attribute__((noinline)) void s8_finish(ptrdiff_t begin, ptrdiff_t end, 
             const vi shift = vi_mul(w_sums, vi_set1(t->zero[i] - FB_A_SHIFT));
             const vi exact = vi_sub(vi_load(sums + i * lds + j * 16), shift);
             vf x = v_fma(vi_to_f32(exact), v_mul(v_set1(t->scale_a[i]), w_scales), bias);
-            if (residual)
-                x = v_add(load_columns(residual + i * t->ldr + j * 16, columns), x);
+            x = v_act_s8(act, x);
+            if (t->residual)
+                x = v_add(load_columns(t->residual + i * t->ldr + j * 16, columns), x);
             store_columns(t->c + i * t->ldc + j * 16, x, columns);
         }
     }
-    if (t->act != FB_ACT_NONE)
-        activate(t->act, end - begin, (nv - 1) * 16 + t->last_columns,
-                 t->residual ? t->residual + begin * t->ldr : NULL, t->ldr, t->c + begin * t->ldc, t->ldc);
+}
+
+/* Rows begin .. end - 1 of a tile from exact sums [mr][nv * 16], rows lds apart, to float32, one strip after the other. One
+ * function for all tiles: their code stays small. */
+static __attribute__((noinline)) void s8_finish(ptrdiff_t begin, ptrdiff_t end, ptrdiff_t nv, const int32_t *sums,
+                                                ptrdiff_t lds, const fb_s8_tile_args *t)
+{
+    switch (t->act) { /* a loop of its own for each activation: no branch in it, and constants in registers */
+    case FB_ACT_NONE: s8_finish_as(FB_ACT_NONE, begin, end, nv, sums, lds, t); break;
+    case FB_ACT_GELU: s8_finish_as(FB_ACT_GELU, begin, end, nv, sums, lds, t); break;
+    case FB_ACT_GELU_TANH: s8_finish_as(FB_ACT_GELU_TANH, begin, end, nv, sums, lds, t); break;
+    case FB_ACT_RELU: s8_finish_as(FB_ACT_RELU, begin, end, nv, sums, lds, t); break;
+    case FB_ACT_SILU: s8_finish_as(FB_ACT_SILU, begin, end, nv, sums, lds, t); break;
+    case FB_ACT_TANH: s8_finish_as(FB_ACT_TANH, begin, end, nv, sums, lds, t); break;
+    }
 }
 
 static inline ptrdiff_t s8_strip_bytes(ptrdiff_t k) { return fb_k8(k) * 16 + 128; }

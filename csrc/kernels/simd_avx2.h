@@ -48,6 +48,10 @@ static inline vf v_fma(vf a, vf b, vf c)
 {
     return FB_BOTH(_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi));
 }
+static inline vf v_fnma(vf a, vf b, vf c)
+{
+    return FB_BOTH(_mm256_fnmadd_ps(a.lo, b.lo, c.lo), _mm256_fnmadd_ps(a.hi, b.hi, c.hi));
+}
 static inline vf v_copysign(vf a, vf b)
 {
     const __m256 sign = _mm256_set1_ps(-0.0f);

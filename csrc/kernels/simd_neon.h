@@ -56,6 +56,7 @@ static inline float32x4_t v_min4(float32x4_t a, float32x4_t b) { return vbslq_f3
 static inline vf v_max(vf a, vf b) { FB_QUARTERS(vf, v_max4(a.q[i], b.q[i])); }
 static inline vf v_min(vf a, vf b) { FB_QUARTERS(vf, v_min4(a.q[i], b.q[i])); }
 static inline vf v_fma(vf a, vf b, vf c) { FB_QUARTERS(vf, vfmaq_f32(c.q[i], a.q[i], b.q[i])); }
+static inline vf v_fnma(vf a, vf b, vf c) { FB_QUARTERS(vf, vfmsq_f32(c.q[i], a.q[i], b.q[i])); }
 static inline vf v_copysign(vf a, vf b) { FB_QUARTERS(vf, vbslq_f32(vdupq_n_u32(0x80000000u), b.q[i], a.q[i])); }
 static inline vf v_abs(vf a) { FB_QUARTERS(vf, vabsq_f32(a.q[i])); }
 static inline vf v_ifgt(vf a, vf b, vf x, vf y)

@@ -4,6 +4,7 @@
  *   vf                          16 float32 lanes
  *   v_load_n, v_store_n         the first n lanes, 1 <= n <= 16; absent lanes are loaded as `fill`, memory is not touched
  *   v_max(limit, x), v_min      x when the comparison is unordered: a NaN in x stays
+ *   v_fma(a, b, c), v_fnma      a * b + c and c - a * b, rounded once
  *   v_sum                       the tree of kernels.h: lane l + lane l+8, then l+4, l+2, l+1
  *   v_scale2(p, t)              p * 2^i, i = -126 .. 127 the integer that t = x + 1.5 * 2^23 carries in its low bits
  *   v_ifgt(a, b, x, y)          a > b ? x : y, lane by lane
@@ -57,6 +58,11 @@ FB_LANEWISE(v_copysign, copysignf(a.l[i], b.l[i]))
 static inline vf v_fma(vf a, vf b, vf c)
 {
     FB_LANES a.l[i] = fmaf(a.l[i], b.l[i], c.l[i]);
+    return a;
+}
+static inline vf v_fnma(vf a, vf b, vf c)
+{
+    FB_LANES a.l[i] = fmaf(-a.l[i], b.l[i], c.l[i]);
     return a;
 }
 static inline vf v_abs(vf a)
