@@ -26,10 +26,10 @@
 #include <string.h>
 
 enum {
-    BUDGET = 256,     /* tokens of a micro-batch: weights are read once for so many rows, activations still fit L2 */
-    BUDGET_MIN = 64,  /* not below this when batches are cut finer to give every thread some */
-    FEW_ROWS = 4,     /* quantised at once: of 1536 floats, 24 KB */
-    QUERY_BLOCK = 64, /* rows of scores held at once: 64 x 512 floats are 128 KB */
+    BUDGET = 256,      /* tokens of a micro-batch: weights are read once for so many rows, activations still fit L2 */
+    BUDGET_MIN = 64,   /* not below this when batches are cut finer to give every thread some */
+    FEW_FLOATS = 6144, /* of a few rows quantised at once: 24 KB */
+    QUERY_BLOCK = 64,  /* rows of scores held at once: 64 x 512 floats are 128 KB */
     SEQ_S8 = 64, /* int8 models: from so many tokens on attention is integer; below, quantising costs what that saves */
     RACK = 16    /* idle workspaces that a model keeps */
 };
@@ -355,13 +355,15 @@ static void meet_if_columns(const micro_batch *b)
 static void quantize(const micro_batch *b, const float *x, ptrdiff_t k, ptrdiff_t ldx, float *spare)
 {
     const fb_kernels *kernels = &b->model->kernels;
-    const ptrdiff_t ldq = b->model->ld_q;
+    const ptrdiff_t ldq = b->model->ld_q, few = k < FEW_FLOATS ? FEW_FLOATS / k : 1;
     for (ptrdiff_t i = b->row, rows; i < b->rows_end; i += rows) { /* a few at once: they stay in the L1 cache */
-        rows = b->rows_end - i < FEW_ROWS ? b->rows_end - i : FEW_ROWS;
+        rows = b->rows_end - i < few ? b->rows_end - i : few;
         if (spare != NULL)
-            kernels->mix_f32(rows, k, x + i * ldx, ldx, spare + i * ldx, ldx);
-        kernels->quantize_u8(rows, k, (spare ? spare : x) + i * ldx, ldx, b->ws->q + i * ldq, ldq, b->ws->q_scale + i,
-                             b->ws->q_zero + i);
+            kernels->mix_quantize_u8(rows, k, x + i * ldx, ldx, spare + i * ldx, ldx, b->ws->q + i * ldq, ldq,
+                                     b->ws->q_scale + i, b->ws->q_zero + i);
+        else
+            kernels->quantize_u8(rows, k, x + i * ldx, ldx, b->ws->q + i * ldq, ldq, b->ws->q_scale + i,
+                                 b->ws->q_zero + i);
     }
     meet_if_columns(b);
 }

@@ -47,6 +47,7 @@ static void inherit(fb_kernels *merged, const fb_kernels *row)
     FB_INHERIT(layernorm_f32)
     FB_INHERIT(mix_f32)
     FB_INHERIT(quantize_u8)
+    FB_INHERIT(mix_quantize_u8)
     FB_INHERIT(gemm_s8)
 #undef FB_INHERIT
 }

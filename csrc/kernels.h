@@ -98,6 +98,10 @@ static inline float fb_mix_gain(ptrdiff_t n)
 typedef void fb_quantize_u8(ptrdiff_t rows, ptrdiff_t k, const float *x, ptrdiff_t ldx, uint8_t *q, ptrdiff_t ldq,
                             float *scale, int32_t *zero);
 
+/* mix_quantize_u8: mix_f32 from x to y, then quantize_u8 of y, in fewer passes. y == x with ldy == ldx is allowed. */
+typedef void fb_mix_quantize_u8(ptrdiff_t rows, ptrdiff_t k, const float *x, ptrdiff_t ldx, float *y, ptrdiff_t ldy,
+                                uint8_t *q, ptrdiff_t ldq, float *scale, int32_t *zero);
+
 /* gemm_s8: the linear layer with int8 operands and a float32 result.
  *
  *   t[i][j] = sum_p (a[i][p] - zero[i]) * W[j][p]                         exact, in int32
@@ -171,6 +175,7 @@ typedef struct fb_kernels {
     fb_layernorm_f32 *layernorm_f32;
     fb_mix_f32 *mix_f32;
     fb_quantize_u8 *quantize_u8;
+    fb_mix_quantize_u8 *mix_quantize_u8;
     const fb_gemm_s8 *gemm_s8;
 } fb_kernels;
 

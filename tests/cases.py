@@ -852,6 +852,66 @@ class QuantizeU8:
         return self.rows * (4 * self.k + k8(self.k) + 8)
 
 
+@dataclass(frozen=True)
+class MixQuantizeU8:
+    """out [rows][k + k8(k) + 2] = y, q, zero, scale of x [rows][k]; inplace: y is x. The bits of the two ops."""
+
+    op: ClassVar[str] = "mix_quantize_u8"
+    rows: int
+    k: int
+    inplace: bool = False
+
+    def __str__(self) -> str:
+        return f"rows{self.rows}k{self.k}" + "-inplace" * self.inplace
+
+    def ops(self) -> tuple[MixF32, QuantizeU8]:
+        return MixF32(self.rows, self.k), QuantizeU8(self.rows, self.k)
+
+    def operands(self, rng: np.random.Generator) -> Operands:
+        return self.ops()[1].operands(rng)
+
+    def out_shape(self) -> tuple[int, int]:
+        return self.rows, self.k + k8(self.k) + 2
+
+    def bind(self, kernels: KernelSet, operands: Operands, out: F32, place: Place = aligned) -> Callable[[int], None]:
+        x = operands["x"]
+        q = place("q", np.full((self.rows, k8(self.k)), 255, np.uint8))
+        zero = place("zero", np.full(self.rows, -1, np.int32))
+        scale = place("scale", np.full(self.rows, -1, np.float32))
+        y = out[:, : self.k]
+        if self.inplace:
+            y[...] = x
+            x = y
+
+        def run(repeat: int) -> None:
+            kernels.mix_quantize_u8(x, y, q, scale, zero, repeat)
+            out[:, self.k : -2], out[:, -2], out[:, -1] = q, zero, scale
+
+        return run
+
+    def truth(self, operands: Operands) -> F64:
+        return self.bits(operands).astype(np.float64)
+
+    def bound(self, operands: Operands) -> F64:
+        return U * np.abs(self.truth(operands)) + TINY
+
+    def bits(self, operands: Operands) -> F32:
+        mix, quantize = self.ops()
+        y = mix.bits(operands)
+        return np.hstack([y, quantize.bits({"x": y})])
+
+    def wrong(self, operands: Operands) -> Iterator[tuple[str, F64]]:
+        if self.rows and self.k > 1:
+            swapped = operands["x"][:, ::-1]
+            yield "lanes in the wrong order", self.bits({"x": swapped}).astype(np.float64)
+
+    def flops(self) -> int:
+        return 0
+
+    def moved_bytes(self) -> int:
+        return self.rows * (8 * self.k + k8(self.k) + 8)
+
+
 OPS: dict[str, type[Case]] = {
-    op.op: op for op in (GemmF32, GemmS8, SoftmaxF32, SoftmaxU8, LayerNormF32, MixF32, QuantizeU8)
+    op.op: op for op in (GemmF32, GemmS8, SoftmaxF32, SoftmaxU8, LayerNormF32, MixF32, QuantizeU8, MixQuantizeU8)
 }

@@ -26,6 +26,7 @@ from tests.cases import (
     LayerNormF32,
     Linear,
     MixF32,
+    MixQuantizeU8,
     Operands,
     QuantizeU8,
     SoftmaxF32,
@@ -218,6 +219,8 @@ CASES: list[Case] = [
     *(MixF32(3, n, inplace) for n in MIXED for inplace in (False, True)),
     *(QuantizeU8(rows, k) for rows, k in [(0, 5), (40, 128)]),
     *(QuantizeU8(4, k) for k in [*range(71), 127, 128, 129, 312, 384, 768, 1021, 3072]),
+    *(MixQuantizeU8(rows, k) for rows, k in [(0, 48), (41, 384)]),
+    *(MixQuantizeU8(5, k, inplace) for k in MIXED for inplace in (False, True)),
 ]
 SMALL = [
     *(GemmF32(m, n, k, act, True, True) for act in ACTS for m, n, k in [(13, 37, 19), (7, 130, CHAIN + 3)]),
@@ -227,6 +230,7 @@ SMALL = [
     *(GemmS8(m, n, k, act, True, True) for act in ACTS for m, n, k in [(13, 37, 19), (7, 130, 131)]),
     *(MixF32(5, n) for n in (37, 48, 128, 768)),
     *(QuantizeU8(5, k) for k in (1, 16, 37, 70)),
+    *(MixQuantizeU8(6, k) for k in (37, 48, 128, 768)),
 ]
 
 
@@ -309,6 +313,7 @@ ROWWISE = {
     "layernorm_f32": ("rows", ("x",)),
     "mix_f32": ("rows", ("x",)),
     "quantize_u8": ("rows", ("x",)),
+    "mix_quantize_u8": ("rows", ("x",)),
 }
 
 
@@ -390,9 +395,9 @@ def test_extreme_values(kernels: KernelSet, case: Case, extreme: str, seed: int)
 
 
 # Columns that a NaN anywhere in the row must reach, where that is not all of them: mix_f32 keeps lanes apart (its bits
-# are prescribed), quantize_u8 and softmax_u8 hand the NaN on in the scale.
+# are prescribed), the quantising ops and softmax_u8 hand the NaN on in the scale.
 ALL = slice(None)
-NAN_REACHES = {"mix_f32": slice(0), "quantize_u8": slice(-1, None), "softmax_u8": slice(-1, None)}
+NAN_REACHES = {"mix_f32": slice(0)} | dict.fromkeys(("quantize_u8", "mix_quantize_u8", "softmax_u8"), slice(-1, None))
 
 
 @pytest.mark.parametrize("extreme", EXTREMES)

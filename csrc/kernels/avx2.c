@@ -46,5 +46,6 @@ const fb_kernels fb_kernels_avx2 = {
     .layernorm_f32 = layernorm_f32_avx2,
     .mix_f32 = mix_f32_avx2,
     .quantize_u8 = quantize_u8_avx2,
+    .mix_quantize_u8 = mix_quantize_u8_avx2,
     .gemm_s8 = &gemm_s8,
 };

@@ -43,5 +43,6 @@ const fb_kernels fb_kernels_avx512 = {
     .layernorm_f32 = layernorm_f32_avx512,
     .mix_f32 = mix_f32_avx512,
     .quantize_u8 = quantize_u8_avx512,
+    .mix_quantize_u8 = mix_quantize_u8_avx512,
     .gemm_s8 = &gemm_s8,
 };

@@ -86,5 +86,6 @@ const fb_kernels fb_kernels_neon = {
     .layernorm_f32 = layernorm_f32_neon,
     .mix_f32 = mix_f32_neon,
     .quantize_u8 = quantize_u8_neon,
+    .mix_quantize_u8 = mix_quantize_u8_neon,
     .gemm_s8 = &gemm_s8,
 };

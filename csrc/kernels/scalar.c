@@ -43,5 +43,6 @@ const fb_kernels fb_kernels_scalar = {
     .layernorm_f32 = layernorm_f32_scalar,
     .mix_f32 = mix_f32_scalar,
     .quantize_u8 = quantize_u8_scalar,
+    .mix_quantize_u8 = mix_quantize_u8_scalar,
     .gemm_s8 = &gemm_s8,
 };

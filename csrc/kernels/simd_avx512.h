@@ -59,6 +59,16 @@ static inline float v_largest(vf a)
     const __m128 x2 = _mm_max_ps(x4, _mm_movehl_ps(x4, x4));
     return _mm_cvtss_f32(_mm_max_ss(x2, _mm_shuffle_ps(x2, x2, 1)));
 }
+static inline void v_largest2(vf a, vf b, float *largest_a, float *largest_b)
+{
+    const __m512 x8 = _mm512_max_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee)); /* a | b */
+    const __m512 x4 = _mm512_max_ps(x8, _mm512_shuffle_f32x4(x8, x8, 0xb1));
+    const __m512 x2 = _mm512_max_ps(x4, _mm512_shuffle_ps(x4, x4, 0x4e));
+    const __m512 x1 = _mm512_max_ps(x2, _mm512_shuffle_ps(x2, x2, 0xb1));
+    *largest_a = _mm512_cvtss_f32(x1);
+    *largest_b = _mm_cvtss_f32(_mm512_extractf32x4_ps(x1, 2));
+}
+static inline int v_any_nan(vf a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q) != 0; }
 /* Four rounds of shuffles: 32-bit pairs, 64-bit pairs, then 128-bit quarters twice. */
 static inline void v_transpose(vf r[16])
 {
@@ -98,6 +108,15 @@ static inline void v_to_u8(uint8_t *p, vf a, vi zero, ptrdiff_t n)
 {
     const __m512i q = _mm512_add_epi32(_mm512_cvtps_epi32(a), zero); /* a NaN gives -2^31 */
     _mm512_mask_cvtusepi32_storeu_epi8(p, v_mask(n), _mm512_max_epi32(q, _mm512_setzero_si512()));
+}
+static inline void v_to_u8x4(uint8_t *p, const vf a[4], int32_t zero)
+{
+    const __m512i z = _mm512_set1_epi16((int16_t)zero),
+                  order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i lo = _mm512_packs_epi32(_mm512_cvtps_epi32(a[0]), _mm512_cvtps_epi32(a[1]));
+    const __m512i hi = _mm512_packs_epi32(_mm512_cvtps_epi32(a[2]), _mm512_cvtps_epi32(a[3]));
+    const __m512i bytes = _mm512_packus_epi16(_mm512_adds_epi16(lo, z), _mm512_adds_epi16(hi, z));
+    _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, bytes));
 }
 static inline vi vi_set1(int32_t x) { return _mm512_set1_epi32(x); }
 static inline vi vi_load(const int32_t *p) { return _mm512_loadu_si512(p); }

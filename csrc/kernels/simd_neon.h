@@ -85,6 +85,16 @@ static inline float v_largest(vf a)
     const float32x4_t x2 = v_max4(x4, vextq_f32(x4, x4, 2));
     return vgetq_lane_f32(v_max4(x2, vextq_f32(x2, x2, 1)), 0);
 }
+static inline void v_largest2(vf a, vf b, float *largest_a, float *largest_b)
+{
+    *largest_a = v_largest(a);
+    *largest_b = v_largest(b);
+}
+static inline int v_any_nan(vf a)
+{
+    const float32x4_t x4 = vaddq_f32(vaddq_f32(a.q[0], a.q[1]), vaddq_f32(a.q[2], a.q[3]));
+    return vminvq_u32(vceqq_f32(x4, x4)) == 0;
+}
 /* Columns c .. c+3 of rows r .. r+3 for the rows c .. c+3 of the result. */
 static inline void v_transpose4(const vf r[4], int c, float32x4_t out[4])
 {
@@ -150,6 +160,11 @@ static inline void v_to_u8(uint8_t *p, vf a, vi zero, ptrdiff_t n)
     }
 }
 static inline vi vi_set1(int32_t x) { FB_QUARTERS(vi, vdupq_n_s32(x)); }
+static inline void v_to_u8x4(uint8_t *p, const vf a[4], int32_t zero)
+{
+    for (int i = 0; i < 4; i++)
+        v_to_u8(p + 16 * i, a[i], vi_set1(zero), 16);
+}
 static inline vi vi_load(const int32_t *p) { FB_QUARTERS(vi, vld1q_s32(p + 4 * i)); }
 static inline void vi_store(int32_t *p, vi a)
 {

@@ -6,6 +6,8 @@
  *   v_max(limit, x), v_min      x when the comparison is unordered: a NaN in x stays
  *   v_fma(a, b, c), v_fnma      a * b + c and c - a * b, rounded once
  *   v_sum                       the tree of kernels.h: lane l + lane l+8, then l+4, l+2, l+1
+ *   v_largest2                  v_largest of two vectors without NaN
+ *   v_any_nan                   whether a lane is NaN, of lanes that are NaN or 0
  *   v_scale2(p, t)              p * 2^i, i = -126 .. 127 the integer that t = x + 1.5 * 2^23 carries in its low bits
  *   v_ifgt(a, b, x, y)          a > b ? x : y, lane by lane
  *   v_fold(x)                   lanes l and l + 8: their sum in l, the difference x[l] - x[l + 8] in l + 8
@@ -106,6 +108,17 @@ static inline float v_largest(vf a)
         r = r > a.l[i] ? r : a.l[i];
     return r;
 }
+static inline void v_largest2(vf a, vf b, float *largest_a, float *largest_b)
+{
+    *largest_a = v_largest(a);
+    *largest_b = v_largest(b);
+}
+static inline int v_any_nan(vf a)
+{
+    int any = 0;
+    FB_LANES any |= isnan(a.l[i]) != 0;
+    return any;
+}
 /* r[i] lane j <-> r[j] lane i. */
 static inline void v_transpose(vf r[16])
 {
@@ -119,6 +132,7 @@ static inline void v_transpose(vf r[16])
 
 /* ---- 16 int32 lanes ----
  *   v_to_u8     clamp(rint(lanes) + zero, 0, 255) to the first n bytes, 0 for a NaN; |lanes| < 2^22, ties to even
+ *   v_to_u8x4   the same for 64 lanes, |lanes| < 2^14
  *   vi_row      four bytes of a row of A for all columns: four steps of k in bytes, or two in int16
  *   vi_dot      acc + the four products of each column: r a row's four bytes, w 16 columns by 4 steps of k; with
  *               FB_S8_DEPTH 2 two products: r a row's two int16, w 16 columns by 2 steps of k, in int16
@@ -148,6 +162,11 @@ static inline vi vi_set1(int32_t x)
     vi r;
     FB_LANES r.l[i] = x;
     return r;
+}
+static inline void v_to_u8x4(uint8_t *p, const vf a[4], int32_t zero)
+{
+    for (int i = 0; i < 4; i++)
+        v_to_u8(p + 16 * i, a[i], vi_set1(zero), 16);
 }
 static inline vi vi_load(const int32_t *p)
 {

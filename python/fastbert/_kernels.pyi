@@ -47,6 +47,15 @@ class KernelSet:
         zero: NDArray[np.int32],
         repeat: int = 1,
     ) -> None: ...
+    def mix_quantize_u8(
+        self,
+        x: NDArray[np.float32],
+        y: NDArray[np.float32],
+        q: NDArray[np.uint8],
+        scale: NDArray[np.float32],
+        zero: NDArray[np.int32],
+        repeat: int = 1,
+    ) -> None: ...
     @property
     def gemm_s8_name(self) -> str: ...
     def packed_bytes_s8(self, n: int, k: int) -> int: ...

@@ -54,6 +54,8 @@ cdef extern from "kernels.h" nogil:
                         ptrdiff_t ldy) noexcept nogil
         void (*quantize_u8)(ptrdiff_t rows, ptrdiff_t k, const float *x, ptrdiff_t ldx, uint8_t *q, ptrdiff_t ldq,
                             float *scale, int32_t *zero) noexcept nogil
+        void (*mix_quantize_u8)(ptrdiff_t rows, ptrdiff_t k, const float *x, ptrdiff_t ldx, float *y, ptrdiff_t ldy,
+                                uint8_t *q, ptrdiff_t ldq, float *scale, int32_t *zero) noexcept nogil
         const fb_gemm_s8 *gemm_s8
 
 cdef extern from "dispatch.h" nogil:
@@ -259,6 +261,18 @@ cdef class KernelSet:
         with nogil:
             for _ in range(repeat):
                 self.k.quantize_u8(rows, k, &x[0, 0], ldx, &q[0, 0], ldq, &scale[0], &zero[0])
+
+    def mix_quantize_u8(self, const float[:, :] x, float[:, :] y, uint8_t[:, :] q, float[::1] scale, int32_t[::1] zero,
+                        Py_ssize_t repeat=1):
+        """mix_f32 from x to y, which may be x, and quantize_u8 of y."""
+        cdef Py_ssize_t rows = x.shape[0], k = x.shape[1], _
+        cdef Py_ssize_t ldx = row_stride("x", x, rows, k), ldy = row_stride("y", y, rows, k)
+        cdef Py_ssize_t ldq = row_stride("q", q, rows, fb_k8(k))
+        check_vector("scale", scale, rows)
+        check_vector("zero", zero, rows)
+        with nogil:
+            for _ in range(repeat):
+                self.k.mix_quantize_u8(rows, k, &x[0, 0], ldx, &y[0, 0], ldy, &q[0, 0], ldq, &scale[0], &zero[0])
 
     @property
     def gemm_s8_name(self):
