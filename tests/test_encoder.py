@@ -703,10 +703,11 @@ def test_memory_is_flat(tmp_path: Path) -> None:
 
 
 INTERRUPT = """
-import sys
+import signal, sys
 import numpy as np
 from fastbert import Encoder
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
 encoder = Encoder(sys.argv[1], threads=int(sys.argv[2]))
 text = "the cat and the dog " * 20
 before = encoder.encode([text, "cat"])
