@@ -3,6 +3,7 @@
 Regular files only, sizes checked before reading; every error names the file.
 """
 
+import contextlib
 import json
 import mmap
 import os
@@ -51,7 +52,13 @@ def map_file(path: Path) -> memoryview:
     """
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
-        return memoryview(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) if size else b"")
+        if not size:
+            return memoryview(b"")
+        mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+        if hasattr(mmap, "MADV_NOHUGEPAGE"):  # else a touched tensor may bring back neighbours that were let go
+            with contextlib.suppress(OSError):  # a kernel without huge pages
+                mapped.madvise(mmap.MADV_NOHUGEPAGE)
+        return memoryview(mapped)
 
 
 def parse_json(data: bytes, where: object, **hooks: Callable[..., Any]) -> Any:
