@@ -5,8 +5,10 @@
  * of k, such a tile of W, and rows of A are padded to 64 bytes: all tiles are loaded from where they lie.
  *
  * Blocks of C, four tiles of sums each:
- *   m > 16     32x32 as 2x2 tiles: two of A and two of W make four products
- *   m <= 16    16x64 as 1x4 tiles: W is read once, and that is what such a call waits for
+ *   m > 16        32x32 as 2x2 tiles: two of A and two of W make four products
+ *   m = 9 .. 16   16x64 as 1x4 tiles: W is read once, and that is what such a call waits for
+ *   m <= 8        none: dot products of avx512vnni.c, on the same packed W to the same bits, take as long for 8 rows, and for
+ *                 one a third as long (ldtilecfg alone takes 200 cycles)
  *
  * A tile's shape is set by ldtilecfg, which empties all tiles: once for a call. So all blocks of a call have the same number
  * of rows, which divides m as evenly as can be; where it does not divide it, the last block is moved up and some rows are
@@ -29,8 +31,7 @@
 #include "activations.inc.h"
 #include "epilogue.inc.h"
 
-#define FB_S8_DEPTH 4
-#include "gemm_s8.inc.h"
+#include "gemm_s8_vnni512.inc.h"
 
 /* From this many rows on, the next strips are fetched while these are worked on; below, it costs more than it gives. */
 enum { AHEAD_ROWS = 128 };
@@ -273,8 +274,8 @@ static inline __attribute__((always_inline)) void multiply(const int wide, const
         e->finish(e);
 }
 
-static void gemm_s8_amx(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const uint8_t *a, ptrdiff_t lda, const float *scale_a,
-                        const int32_t *zero, const void *packed, const fb_epilogue *epilogue, float *c, ptrdiff_t ldc)
+static void gemm_s8_tiles(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const uint8_t *a, ptrdiff_t lda, const float *scale_a,
+                          const int32_t *zero, const void *packed, const fb_epilogue *epilogue, float *c, ptrdiff_t ldc)
 {
     if (m <= 0 || n <= 0)
         return;
@@ -334,7 +335,14 @@ static void gemm_s8_amx(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const uint8_t *a,
         e.finish(&e);
 }
 
-static const fb_gemm_s8 gemm_s8 = {"gemm_s8_32x32_amx", s8_packed_bytes_amx, s8_pack_amx, s8_pack_f32_amx, gemm_s8_amx};
+enum { FEW_FOR_TILES = 8 };
+static void gemm_s8_any(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const uint8_t *a, ptrdiff_t lda, const float *scale_a,
+                        const int32_t *zero, const void *packed, const fb_epilogue *epilogue, float *c, ptrdiff_t ldc)
+{
+    (m <= FEW_FOR_TILES ? gemm_s8_amx : gemm_s8_tiles)(m, n, k, a, lda, scale_a, zero, packed, epilogue, c, ldc);
+}
+
+static const fb_gemm_s8 gemm_s8 = {"gemm_s8_32x32_amx", s8_packed_bytes_amx, s8_pack_amx, s8_pack_f32_amx, gemm_s8_any};
 #endif
 
 const fb_kernels fb_kernels_amx = {
