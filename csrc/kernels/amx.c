@@ -31,7 +31,14 @@
 #include "activations.inc.h"
 #include "epilogue.inc.h"
 
-#include "gemm_s8_vnni512.inc.h"
+/* For few rows, as in avx512vnni.c. */
+static inline vi vi_dot(vi acc, vrow row, vi w) { return _mm512_dpbusd_epi32(acc, row, w); }
+#define FB_S8_DEPTH 4
+#define FB_A_SHIFT 0
+#define FB_S8_MR 8
+#define FB_S8_TILES FB_TILES_8X48
+static const int fb_s8_strips[FB_S8_MR + 1] = {0, 8, 8, 8, 4, 4, 4, 3, 3};
+#include "gemm_s8.inc.h"
 
 /* From this many rows on, the next strips are fetched while these are worked on; below, it costs more than it gives. */
 enum { AHEAD_ROWS = 128 };

@@ -1,6 +1,7 @@
 /* avx512vnni.c: kernels for x86-64 with AVX-512 VNNI (Intel Cascade Lake 2019, AMD Zen 4 2022, and later).
  *
- * gemm_s8 alone; all else is inherited from avx512.c.
+ * vpdpbusd multiplies four unsigned bytes by four signed ones and adds them to an int32, exactly. gemm_s8 keeps an 8x48 tile
+ * as the float32 GEMM of avx512.c does; all else is inherited from there.
  */
 #include "../cpu.h"
 #include "../kernels.h"
@@ -11,7 +12,13 @@
 #include "activations.inc.h"
 #include "epilogue.inc.h"
 
-#include "gemm_s8_vnni512.inc.h"
+static inline vi vi_dot(vi acc, vrow row, vi w) { return _mm512_dpbusd_epi32(acc, row, w); }
+#define FB_S8_DEPTH 4
+#define FB_A_SHIFT 0
+#define FB_S8_MR 8
+#define FB_S8_TILES FB_TILES_8X48
+static const int fb_s8_strips[FB_S8_MR + 1] = {0, 8, 8, 8, 4, 4, 4, 3, 3};
+#include "gemm_s8.inc.h"
 
 static const fb_gemm_s8 gemm_s8 = {"gemm_s8_8x48_avx512vnni", s8_packed_bytes_avx512vnni, s8_pack_avx512vnni,
                                    s8_pack_f32_avx512vnni, gemm_s8_avx512vnni};

@@ -9,7 +9,6 @@
  *                                          FB_S8_DEPTH 4, of two int16 with FB_S8_DEPTH 2
  * or
  *   FB_S8_SUMS                             a function like s8_sums below.
- * A file with a GEMM of its own (amx.c) defines FB_S8_DEPTH alone, and gets the packing.
  *
  * Packed W: strips of 16 columns of C. A strip is, for every FB_S8_DEPTH steps of k, so many bytes of each column in turn;
  * then the sums of its columns, int32 [16]; then their scales, float32 [16]. With a depth of 4, which is one zmm, two ymm,
@@ -19,8 +18,6 @@
  * A tile runs over the whole of k, its int32 sums in registers, and writes finished float32.
  */
 #include "unroll.h"
-
-#ifdef FB_S8_TILES
 
 typedef struct fb_s8_tile_args {
     ptrdiff_t k;      /* bytes, a multiple of 32 */
@@ -75,8 +72,6 @@ static __attribute__((noinline)) void s8_finish(ptrdiff_t begin, ptrdiff_t end, 
     case FB_ACT_TANH: s8_finish_as(FB_ACT_TANH, begin, end, nv, sums, lds, t); break;
     }
 }
-
-#endif
 
 static inline ptrdiff_t s8_strip_bytes(ptrdiff_t k) { return fb_k8(k) * 16 + 128; }
 
@@ -198,8 +193,6 @@ static void FB_ISA_NAME(s8_pack_f32)(ptrdiff_t n, ptrdiff_t k, const float *w, p
             s8_clear_bad(k, out, after, (const float *)(after + 16));
     }
 }
-
-#ifdef FB_S8_TILES
 
 #ifndef FB_S8_SUMS
 #define FB_S8_SUMS s8_sums
@@ -343,5 +336,3 @@ static void FB_ISA_NAME(gemm_s8)(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const ui
         }
     }
 }
-
-#endif
