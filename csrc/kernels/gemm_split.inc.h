@@ -112,8 +112,9 @@ static inline void split_line(const char *first, const char *low, char *second, 
 typedef struct split_panel {
     const char *packed; /* of the first strip */
     ptrdiff_t strip_bytes, strips, steps;
-    char *parts; /* [strips][SPLIT_STEPS] second and third tile */
-    ptrdiff_t made; /* lines, of strips * steps * 16 */
+    ptrdiff_t ahead; /* bytes from packed to the panel after it, to be fetched into the L2 cache */
+    char *parts;     /* [strips][SPLIT_STEPS] second and third tile */
+    ptrdiff_t made;  /* lines, of strips * steps * 16 */
 } split_panel;
 
 static void split_make(split_panel *w, ptrdiff_t lines)
@@ -127,8 +128,12 @@ static void split_make(split_panel *w, ptrdiff_t lines)
         const char *from = w->packed + strip * w->strip_bytes + tile * (2 * SPLIT_TILE);
         char *to = w->parts + (strip * SPLIT_STEPS + tile) * (2 * SPLIT_TILE);
         at += stop - line;
-        for (; line < stop; line++)
-            split_line(from + line * 64, from + SPLIT_TILE + line * 64, to + line * 64, to + SPLIT_TILE + line * 64);
+        for (; line < stop; line++) {
+            const char *first = from + line * 64, *low = first + SPLIT_TILE;
+            __builtin_prefetch(first + w->ahead, 0, 2);
+            __builtin_prefetch(low + w->ahead, 0, 2);
+            split_line(first, low, to + line * 64, to + SPLIT_TILE + line * 64);
+        }
     }
 }
 
@@ -209,24 +214,28 @@ static __attribute__((noinline)) void split_2x2(const char *a, ptrdiff_t upper, 
         _tile_loadd(5, al, SPLIT_LDA);
         FB_DP(2, 5, 6);
         FB_DP(3, 5, 7);
+        split_run_errand(e);
         _tile_loadd(6, parts + at, 64);
         FB_DP(0, 4, 6);
         _tile_loadd(7, parts1 + at, 64);
         FB_DP(1, 4, 7);
         FB_DP(2, 5, 6);
         FB_DP(3, 5, 7);
+        split_run_errand(e);
         _tile_loadd(4, au + 64, SPLIT_LDA);
         FB_DP(0, 4, 6);
         FB_DP(1, 4, 7);
         _tile_loadd(5, al + 64, SPLIT_LDA);
         FB_DP(2, 5, 6);
         FB_DP(3, 5, 7);
+        split_run_errand(e);
         _tile_loadd(6, first + at, 64);
         FB_DP(0, 4, 6);
         _tile_loadd(7, first1 + at, 64);
         FB_DP(1, 4, 7);
         FB_DP(2, 5, 6);
         FB_DP(3, 5, 7);
+        split_run_errand(e);
         _tile_loadd(4, au + 128, SPLIT_LDA);
         FB_DP(0, 4, 6);
         FB_DP(1, 4, 7);
@@ -245,6 +254,7 @@ static __attribute__((noinline)) void split_2x2(const char *a, ptrdiff_t upper, 
         _tile_loadd(5, lower + s * 192, SPLIT_LDA);
         FB_DP(2, 5, 6);
         FB_DP(3, 5, 7);
+        split_run_errand(e);
     }
 }
 
@@ -274,10 +284,14 @@ static __attribute__((noinline)) void split_1x4(const char *a, const split_panel
         const char *second = w->parts + s * 2 * SPLIT_TILE, *first = w->packed + s * 2 * SPLIT_TILE;
         _tile_loadd(4, a + s * 192, SPLIT_LDA);
         split_row(second + SPLIT_TILE, next, strips);
+        split_run_errand(e);
         split_row(second, next, strips);
+        split_run_errand(e);
         _tile_loadd(4, a + s * 192 + 64, SPLIT_LDA);
         split_row(second, next, strips);
+        split_run_errand(e);
         split_row(first, w->strip_bytes, strips);
+        split_run_errand(e);
         _tile_loadd(4, a + s * 192 + 128, SPLIT_LDA);
         split_row(first, w->strip_bytes, strips);
         split_run_errand(e);
@@ -285,6 +299,7 @@ static __attribute__((noinline)) void split_1x4(const char *a, const split_panel
     for (ptrdiff_t s = 0; s < steps; s++) {
         _tile_loadd(4, a + s * 192, SPLIT_LDA);
         split_row(w->packed + s * 2 * SPLIT_TILE, w->strip_bytes, strips);
+        split_run_errand(e);
     }
 }
 
@@ -316,6 +331,8 @@ static void split_block_of_rows(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const flo
                 .strip_bytes = strip_bytes,
                 .strips = strips - ns < wide ? strips - ns : wide,
                 .steps = (depth + SPLIT_STEP - 1) / SPLIT_STEP,
+                .ahead = ns + wide < strips ? wide * strip_bytes
+                                            : SPLIT_STEPS * 2 * SPLIT_TILE - ns * strip_bytes,
                 .parts = parts + ((t + 1) & 1) * SPLIT_W_BYTES,
             };
         } else {
@@ -331,7 +348,7 @@ static void split_block_of_rows(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const flo
             const ptrdiff_t from = panel * FB_SPLIT_PANEL;
             split_rows(m, k - from < FB_SPLIT_PANEL ? k - from : FB_SPLIT_PANEL, a + from, lda, rows_split);
         }
-        split_errand e = {.next = next, .lines_share = now->steps ? (lines + groups * now->steps - 1) / (groups * now->steps) : lines};
+        split_errand e = {.next = next, .lines_share = now->steps ? (lines + groups * now->steps * 6 - 1) / (groups * now->steps * 6) : lines};
         for (ptrdiff_t g = 0; g < groups; g++) {
             const ptrdiff_t i = g < groups - 1 ? g * rows : m - rows;
             b->rows = rows;
@@ -348,7 +365,7 @@ static void split_block_of_rows(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const flo
             b->c = c + i * ldc + column;
             b->ldc = ldc;
             e.before = before;
-            e.rows_share = now->steps ? (before->rows + now->steps - 1) / now->steps : before->rows;
+            e.rows_share = now->steps ? (before->rows + now->steps * 6 - 1) / (now->steps * 6) : before->rows;
             _tile_zero(0);
             _tile_zero(1);
             _tile_zero(2);
