@@ -47,6 +47,7 @@ static void inherit(fb_kernels *merged, const fb_kernels *row)
     FB_INHERIT(mix_f32)
     FB_INHERIT(quantize_u8)
     FB_INHERIT(gemm_s8)
+    FB_INHERIT(gemm_split)
 #undef FB_INHERIT
 }
 

@@ -1,4 +1,5 @@
-/* amx.c: kernels for x86-64 with AMX-INT8 (Intel Sapphire Rapids 2023 and later). gemm_s8 alone; all else is inherited.
+/* amx.c: kernels for x86-64 with AMX-INT8 and AMX-BF16 (Intel Sapphire Rapids 2023 and later; no CPU has one of them
+ * alone). gemm_s8, and in gemm_split.inc.h gemm_split; all else is inherited.
  *
  * A tile register holds 16 rows of 64 bytes. tdpbusd multiplies a tile of A, 16 rows by 64 steps of k, by a tile of W, 16
  * columns by the same steps, and adds to 16x16 int32, exactly. A strip of packed W (gemm_s8.inc.h) is, for every 64 steps
@@ -208,14 +209,19 @@ static void gemm_s8_amx(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const uint8_t *a,
     finish(before, before->rows);
 }
 
+#include "gemm_split.inc.h"
+
+static const fb_gemm_split gemm_split = {"gemm_split_32x32_amx", split_packed_bytes, split_pack, gemm_split_amx};
+
 static const fb_gemm_s8 gemm_s8 = {"gemm_s8_32x32_amx", s8_packed_bytes_amx, s8_pack_amx, gemm_s8_amx};
 #endif
 
 const fb_kernels fb_kernels_amx = {
     .isa = "amx",
     .needs = FB_CPU_AVX512F | FB_CPU_AVX512BW | FB_CPU_AVX512DQ | FB_CPU_AVX512VL | FB_CPU_FMA | FB_CPU_F16C |
-             FB_CPU_AMXTILE | FB_CPU_AMXINT8,
+             FB_CPU_AMXTILE | FB_CPU_AMXINT8 | FB_CPU_AMXBF16,
 #ifdef __x86_64__
     .gemm_s8 = &gemm_s8,
+    .gemm_split = &gemm_split,
 #endif
 };

@@ -102,6 +102,10 @@ class Encoder(Pretrained):
     precision : {"fp32", "int8"}
         "int8" quantises weights while loading and activations per token: a quarter of the memory, faster,
         and close to float32 (all-MiniLM-L6-v2: cosine 0.9996 on average). Results are float32 in both.
+    strict : bool, default False
+        Of "fp32" on CPUs with AMX-BF16: keep float32 multiply-adds, and so the bits of all other CPUs. Else the linear
+        layers there multiply on its tiles, each number as a sum of three bfloat16: faster but for short texts, and no
+        less exact, but not to the same bits. Without effect elsewhere and on "int8", whose bits are the same on all CPUs.
     threads : int, optional
         Threads per call, at least 1. Default: `fastbert.get_num_threads()` at the time of the call.
     max_seq_length : int, optional
@@ -135,6 +139,7 @@ class Encoder(Pretrained):
         model: str | os.PathLike[str] | None = None,
         *,
         precision: Literal["fp32", "int8"] = "fp32",
+        strict: bool = False,
         threads: int | None = None,
         max_seq_length: int | None = None,
         revision: str | None = None,
@@ -145,6 +150,7 @@ class Encoder(Pretrained):
         super().__init__(
             model,
             precision,
+            strict,
             threads,
             max_seq_length,
             token,
