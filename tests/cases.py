@@ -416,7 +416,8 @@ class GemmSplit(GemmF32):
         def blocks(x: F32) -> list[F32]:  # [blocks][2][16][rows], of each part
             padded = np.zeros((len(x), -(-self.k // 32) * 32), np.float32)
             padded[:, : self.k] = x
-            return [flushed(part).T.reshape(-1, 2, 16, len(x)) for part in self.parts(padded)]
+            shape = padded.shape[1] // 32, 2, 16, len(x)
+            return [flushed(part).T.reshape(shape) for part in self.parts(padded)]
 
         a, w = blocks(operands["a"]), blocks(operands["w"])
         total, per_panel = np.zeros(self.out_shape(), np.float32), SPLIT_PANEL // 32

@@ -138,6 +138,7 @@ typedef struct split_factors {
     const char *a, *w; /* first row, first strip */
     ptrdiff_t upper;   /* rows of the upper tiles, of two */
     ptrdiff_t strip_bytes, strips, steps;
+    ptrdiff_t ahead; /* bytes from a strip to the one to be fetched into the L2 cache meanwhile; 0: none */
     split_block *before; /* is finished meanwhile, */
     ptrdiff_t share;     /* so many rows at a time */
 } split_factors;
@@ -151,6 +152,11 @@ static __attribute__((noinline)) void split_2x2(const split_factors *f)
     for (ptrdiff_t s = 0; s < f->steps; s++) {
         const char *upper_parts = a + s * (SPLIT_PARTS * 64), *lower_parts = lower + s * (SPLIT_PARTS * 64);
         const char *parts = w + s * (SPLIT_PARTS * SPLIT_TILE), *parts1 = w1 + s * (SPLIT_PARTS * SPLIT_TILE);
+        if (f->ahead)
+            for (ptrdiff_t line = 0; line < SPLIT_PARTS * SPLIT_TILE; line += 64) {
+                __builtin_prefetch(parts + line + f->ahead, 0, 2);
+                __builtin_prefetch(parts1 + line + f->ahead, 0, 2);
+            }
         _tile_loadd(4, upper_parts, SPLIT_LDA);
         _tile_loadd(6, parts + 2 * SPLIT_TILE, 64);
         _tile_dpbf16ps(0, 4, 6);
@@ -222,7 +228,7 @@ static __attribute__((noinline)) void split_1x4(const split_factors *f)
         const char *a = f->a + s * (SPLIT_PARTS * 64), *w = f->w + s * (SPLIT_PARTS * SPLIT_TILE);
         for (ptrdiff_t j = 0; j < f->strips; j++)
             for (ptrdiff_t line = 0; line < SPLIT_PARTS * SPLIT_TILE; line += 64)
-                __builtin_prefetch(w + j * f->strip_bytes + line + SPLIT_AHEAD);
+                __builtin_prefetch(w + j * f->strip_bytes + line + f->ahead, 0, 2);
         _tile_loadd(4, a, SPLIT_LDA);
         split_row(w + 2 * SPLIT_TILE, f);
         split_row(w + SPLIT_TILE, f);
@@ -299,6 +305,7 @@ static void split_few_rows(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const float *a
                                    .strip_bytes = strip_bytes,
                                    .strips = nv,
                                    .steps = (depth + SPLIT_STEP - 1) / SPLIT_STEP,
+                                   .ahead = g > 0 ? 0 : s + wide < strips ? wide * strip_bytes : SPLIT_STEPS * SPLIT_PARTS * SPLIT_TILE - s * strip_bytes,
                                    .before = before};
                 split_multiply(b, &f);
                 split_block *const finished = before;
