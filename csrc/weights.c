@@ -365,8 +365,7 @@ static void walk_model(walk *w, const fb_config *c, ptrdiff_t pooled_dim, fb_wei
         layer->attention_norm = norm(w, FB_PREFIX("attention.output.LayerNorm"), hidden);
         layer->intermediate =
             linear(w, FB_PREFIX("intermediate.dense"), itself, 1, c->intermediate_size, hidden, format, 1, 0);
-        layer->output =
-            linear(w, FB_PREFIX("output.dense"), itself, 1, hidden, c->intermediate_size, format, 1, 0);
+        layer->output = linear(w, FB_PREFIX("output.dense"), itself, 1, hidden, c->intermediate_size, format, 1, 0);
         layer->output_norm = norm(w, FB_PREFIX("output.LayerNorm"), hidden);
 #undef FB_PREFIX
     }

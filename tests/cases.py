@@ -366,7 +366,14 @@ class GemmSplit(GemmF32):
     """The same sums on bfloat16: six products of the three parts of a and w."""
 
     op: ClassVar[str] = "gemm_split"
-    PAIRS: ClassVar = ((0, 2), (0, 1), (1, 1), (1, 0), (2, 0), (0, 0))  # parts of a and of w; the last in a pass of its own
+    PAIRS: ClassVar = (
+        (0, 2),
+        (0, 1),
+        (1, 1),
+        (1, 0),
+        (2, 0),
+        (0, 0),
+    )  # parts of a and of w; the last in a pass of its own
 
     def packed_bytes(self, kernels: KernelSet, n: int) -> int:
         return kernels.packed_bytes_split(n, self.k)
@@ -826,4 +833,6 @@ class QuantizeU8:
         return self.rows * (4 * self.k + k8(self.k) + 8)
 
 
-OPS: dict[str, type[Case]] = {op.op: op for op in (GemmF32, GemmSplit, GemmS8, SoftmaxF32, LayerNormF32, MixF32, QuantizeU8)}
+OPS: dict[str, type[Case]] = {
+    op.op: op for op in (GemmF32, GemmSplit, GemmS8, SoftmaxF32, LayerNormF32, MixF32, QuantizeU8)
+}

@@ -141,9 +141,7 @@ class EmulatedAmx(KernelSet):
         (m, n), k = out.shape, a.shape[1]
         fused = None if bias is None else bias.ctypes.data, ACTS[act], *rows_of(residual)
         self.library.emulated_start()
-        self.library.amx_split_run(
-            m, n, k, *rows_of(a), packed.ctypes.data, *fused, *rows_of(out), scratch.ctypes.data
-        )
+        self.library.amx_split_run(m, n, k, *rows_of(a), packed.ctypes.data, *fused, *rows_of(out), scratch.ctypes.data)
         assert self.library.emulated_fault() == b""
         assert not self.library.emulated_in_use(), "tiles are not released"
 

@@ -1,9 +1,9 @@
-"""gemm_split: float32 layers on AMX-BF16, on the CPU where it has that, and everywhere over amx_emulated.c; and `strict`."""
+"""gemm_split: float32 layers on AMX-BF16, on a CPU that has it and over amx_emulated.c; `strict`."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -41,7 +41,9 @@ def cases() -> list[Linear]:
 
 every_case = pytest.mark.parametrize("case", cases(), ids=case_id)
 every_fused_case = pytest.mark.parametrize(
-    "case", [GemmSplit(m, 70, k, act, True, True) for act in ACTS for m, k in ((13, 131), (45, SPLIT_PANEL + 9))], ids=case_id
+    "case",
+    [GemmSplit(m, 70, k, act, True, True) for act in ACTS for m, k in ((13, 131), (45, SPLIT_PANEL + 9))],
+    ids=case_id,
 )
 
 
@@ -54,7 +56,9 @@ def test_right(split: KernelSet, case: GemmSplit, seed: int) -> None:
         memory = Memory(layout)
         placed = {key: memory(key, x) for key, x in operands.items()}
         out = memory("out", unwritten(case))
-        case.bind(split, placed, out, lambda key, x: (memory if key != "scratch" else aligned)(key, x))(1)
+        case.bind(split, placed, out, lambda key, x, memory=memory: (memory if key != "scratch" else aligned)(key, x))(
+            1
+        )
         expected.check(out)
         assert memory.written(operands) == [], f"{case}, {name}: written"
 
@@ -81,7 +85,9 @@ def test_any_rows_and_columns(split: KernelSet, case: GemmSplit, seed: int) -> N
     whole = run(split, case, operands)
     packed = aligned("packed", np.zeros(case.packed_bytes(split, case.n), np.uint8))
     case.pack(split, operands, packed)
-    for row, column in product((slice(0, 1), slice(5, 13), slice(1, None)), (slice(0, 16), slice(16, 48), slice(48, None))):
+    for row, column in product(
+        (slice(0, 1), slice(5, 13), slice(1, None)), (slice(0, 16), slice(16, 48), slice(48, None))
+    ):
         part = {
             "a": operands["a"][row],
             "w": operands["w"][column],
@@ -90,7 +96,9 @@ def test_any_rows_and_columns(split: KernelSet, case: GemmSplit, seed: int) -> N
         }
         out = np.empty(whole[row, column].shape, np.float32)
         smaller = replace(case, m=out.shape[0], n=out.shape[1])
-        smaller.multiply(split, part, packed[case.packed_bytes(split, column.start) :][: case.packed_bytes(split, smaller.n)], out)
+        smaller.multiply(
+            split, part, packed[case.packed_bytes(split, column.start) :][: case.packed_bytes(split, smaller.n)], out
+        )
         assert bits(out) == bits(whole[row, column]), (row, column)
 
 
@@ -109,10 +117,12 @@ def test_extreme_values(split: KernelSet, extreme: str, name: str, seed: int) ->
     rng = seeded(case, seed)
     operands = case.operands(rng)
     x = operands[name].copy()
-    x[::3] = spoiled(x[::3], [v for v in EXTREMES[extreme]], rng)
-    operands[name] = np.where(np.abs(x) >= np.float32(2.0**128 - 2.0**119), np.copysign(np.float32(3e38), x), x) if (
-        extreme == "huge"
-    ) else x
+    x[::3] = spoiled(x[::3], EXTREMES[extreme], rng)
+    operands[name] = (
+        np.where(np.abs(x) >= np.float32(2.0**128 - 2.0**119), np.copysign(np.float32(3e38), x), x)
+        if (extreme == "huge")
+        else x
+    )
     other = "w" if name == "a" else "a"
     operands[other] = operands[other] * np.float32(2.0**-20)  # no sum of huge values overflows
     result = run(split, case, operands)
@@ -126,7 +136,10 @@ def test_extreme_values(split: KernelSet, extreme: str, name: str, seed: int) ->
 @pytest.mark.parametrize("name", ["a", "w"])
 def test_what_rounds_to_infinity_counts_as_infinite(split: KernelSet, name: str) -> None:
     case = GemmSplit(2, 2, 40)
-    for value, finite in ((2.0**128 - 2.0**119, False), (np.nextafter(np.float32(2.0**128 - 2.0**119), np.float32(0)), True)):
+    for value, finite in (
+        (2.0**128 - 2.0**119, False),
+        (np.nextafter(np.float32(2.0**128 - 2.0**119), np.float32(0)), True),
+    ):
         operands: Operands = {"a": np.full((2, 40), 2.0**-30, np.float32), "w": np.full((2, 40), 2.0**-30, np.float32)}
         operands[name][0, 7] = value
         result = run(split, case, operands)
@@ -175,7 +188,14 @@ def cancelling(rng: np.random.Generator, *shape: int) -> NDArray[np.float32]:
 @pytest.mark.parametrize("k", [128, 256, 384, 768, 1536, 3072])
 @pytest.mark.parametrize(
     "of_a, of_w",
-    [(normal, normal), (wide, wide), (outliers, normal), (positive, positive), (cancelling, positive), (positive, normal)],
+    [
+        (normal, normal),
+        (wide, wide),
+        (outliers, normal),
+        (positive, positive),
+        (cancelling, positive),
+        (positive, normal),
+    ],
     ids=lambda kind: kind.__name__,
 )
 def test_error_is_not_above_that_of_chains(split: KernelSet, of_a: Any, of_w: Any, k: int, seed: int) -> None:
@@ -224,7 +244,7 @@ def test_same_bits_in_any_batch_for_any_threads(shape: str) -> None:
     for threads in (1, 2, 3, 8):
         again = core.forward(ids, offsets, types, hidden=True, threads=threads)[0]
         assert again is not None and bits(again) == bits(whole), threads
-        for begin, end in zip(offsets[:-1], offsets[1:], strict=True):
+        for begin, end in pairwise(offsets):
             one = np.array([0, end - begin], np.int64)
             alone = core.forward(ids[begin:end], one, types[begin:end], hidden=True, threads=threads)[0]
             assert alone is not None and bits(alone) == bits(whole[begin:end]), (threads, end - begin)
@@ -267,4 +287,8 @@ def test_strict_of_an_encoder(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) ->
     assert vectors[True].info()["gemm"] == chains.info()["gemm"] == Encoder(tmp_path, strict=True).info()["gemm"]
     ids, offsets = np.arange(5, dtype=np.int32), np.array([0, 5], np.int64)
     by_chains = bits(chains.forward_ragged(ids, offsets))
-    assert bits(vectors[True].forward_ragged(ids, offsets)) == by_chains != bits(vectors[False].forward_ragged(ids, offsets))
+    assert (
+        bits(vectors[True].forward_ragged(ids, offsets))
+        == by_chains
+        != bits(vectors[False].forward_ragged(ids, offsets))
+    )

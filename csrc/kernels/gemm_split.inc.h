@@ -12,19 +12,18 @@
  * Loops, outermost first: blocks of SPLIT_ROWS rows | panels of k | groups of strips | groups of rows.
  *
  * Not done: W in the four bytes of float32, first parts as tiles and the rest made from 16 more bits a panel at a time. It
- * reads a third less, but making the parts (0.29 cycles an element) did not overlap with products as hoped: at M = 8 it was
- * half as fast, at M = 128 by 15 % slower (Emerald Rapids, 2026-11).
+ * reads a third less, but making the parts (0.29 cycles an element) did not overlap with products as hoped. 768 x 768: a
+ * sixth faster at M = 8, 23 % slower at M = 128; 512 x 128 in the L2 cache: half as fast at M = 8 (Emerald Rapids, 2026-11).
  */
 enum {
-    SPLIT_STEP = 32, /* of k, in a tile */
+    SPLIT_STEP = 32,   /* of k, in a tile */
     SPLIT_TILE = 1024, /* bytes */
     SPLIT_PARTS = 3,
     SPLIT_STEPS = FB_SPLIT_PANEL / SPLIT_STEP,
-    SPLIT_ROWS = 256,                                   /* of A are held split */
-    SPLIT_LDA = (SPLIT_STEPS * SPLIT_PARTS + 1) * 64,   /* bytes; an odd number of lines meets all sets of the cache */
-    SPLIT_AHEAD = 4 * SPLIT_PARTS * SPLIT_TILE          /* bytes of a strip from a product to the weights to fetch */
+    SPLIT_ROWS = 256,                                /* of A are held split */
+    SPLIT_LDA = (SPLIT_STEPS * SPLIT_PARTS + 1) * 64 /* bytes; an odd number of lines meets all sets of the cache */
 };
-_Static_assert(SPLIT_ROWS * SPLIT_LDA <= FB_SPLIT_SCRATCH, "kernels.h promises that it is enough");
+_Static_assert(SPLIT_ROWS *SPLIT_LDA <= FB_SPLIT_SCRATCH, "kernels.h promises that it is enough");
 
 static inline ptrdiff_t split_strip_bytes(ptrdiff_t k)
 {
@@ -138,7 +137,7 @@ typedef struct split_factors {
     const char *a, *w; /* first row, first strip */
     ptrdiff_t upper;   /* rows of the upper tiles, of two */
     ptrdiff_t strip_bytes, strips, steps;
-    ptrdiff_t ahead; /* bytes from a strip to the one to be fetched into the L2 cache meanwhile; 0: none */
+    ptrdiff_t ahead;     /* bytes from a strip to the one to be fetched into the L2 cache meanwhile; 0: none */
     split_block *before; /* is finished meanwhile, */
     ptrdiff_t share;     /* so many rows at a time */
 } split_factors;
@@ -305,7 +304,10 @@ static void split_few_rows(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const float *a
                                    .strip_bytes = strip_bytes,
                                    .strips = nv,
                                    .steps = (depth + SPLIT_STEP - 1) / SPLIT_STEP,
-                                   .ahead = g > 0 ? 0 : s + wide < strips ? wide * strip_bytes : SPLIT_STEPS * SPLIT_PARTS * SPLIT_TILE - s * strip_bytes,
+                                   .ahead = g > 0 ? 0
+                                            : s + wide < strips
+                                                ? wide * strip_bytes
+                                                : SPLIT_STEPS * SPLIT_PARTS * SPLIT_TILE - s * strip_bytes,
                                    .before = before};
                 split_multiply(b, &f);
                 split_block *const finished = before;

@@ -386,9 +386,7 @@ def _bench(args: argparse.Namespace) -> None:
     hub_options = {name: getattr(args, name) for name in ("revision", "cache_dir", "local_files_only")}
     runners: dict[str, Run] = {}
     for precision in (args.precision,) if args.precision else ("fp32", "int8"):
-        encoder = Encoder(
-            args.model, precision=precision, strict=args.strict, threads=args.threads, **hub_options
-        )
+        encoder = Encoder(args.model, precision=precision, strict=args.strict, threads=args.threads, **hub_options)
         runners[f"fastbert {precision}"] = fastbert_runner(encoder)
     info = encoder.info()
     for name, numbers, most in (("tokens", args.tokens, info["max_position_embeddings"]), ("texts", args.texts, None)):

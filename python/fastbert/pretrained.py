@@ -87,7 +87,9 @@ class Pretrained(ABC):
 
     def _build(self, tensors: Mapping[str, Tensor], **after: Any) -> None:
         """Pack the weights; `after` says what stands after the encoder (pooling, dense, normalize of _core.Model)."""
-        self._model = _core.Model(asdict(self.config) | {"precision": self.precision, "strict": self.strict} | after, tensors)
+        self._model = _core.Model(
+            asdict(self.config) | {"precision": self.precision, "strict": self.strict} | after, tensors
+        )
 
     @classmethod
     def from_pretrained(cls, model: str | os.PathLike[str] | None = None, **options: Any) -> Any:
