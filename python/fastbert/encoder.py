@@ -104,8 +104,8 @@ class Encoder(Pretrained):
         and close to float32 (all-MiniLM-L6-v2: cosine 0.9996 on average). Results are float32 in both.
     strict : bool, default False
         Of "fp32" on CPUs with AMX-BF16: keep float32 multiply-adds, and so the bits of all other CPUs. Else the linear
-        layers there multiply on its tiles, each number as a sum of three bfloat16: faster but for short texts, and no
-        less exact, but not to the same bits. Without effect elsewhere and on "int8".
+        layers there multiply on its tiles, each number as a sum of three bfloat16: slower for short texts, faster for
+        long ones, with a smaller rms error, but not to the same bits. Without effect elsewhere and on "int8".
     threads : int, optional
         Threads per call, at least 1. Default: `fastbert.get_num_threads()` at the time of the call.
     max_seq_length : int, optional
