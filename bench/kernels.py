@@ -42,6 +42,7 @@ from tests.cases import (
     MixF32,
     QuantizeU8,
     SoftmaxF32,
+    SoftmaxU8,
     aligned,
     seeded,
 )
@@ -56,7 +57,7 @@ ALL_CASES: list[Case] = [
     *(op(128, 768, 3072, bias=True, residual=True) for op in (GemmF32, GemmS8)),
     GemmF32(128, 128, 64),  # scores and context of one attention head
     GemmF32(128, 64, 128),
-    *(SoftmaxF32(128, n) for n in (16, 128, 512)),
+    *(op(128, n) for n in (16, 128, 512) for op in (SoftmaxF32, SoftmaxU8)),
     *(LayerNormF32(128, n) for n in (128, 384, 768)),
     *(op(128, n) for n in (128, 384, 768, 1536, 3072) for op in (MixF32, QuantizeU8)),
 ]

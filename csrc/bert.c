@@ -26,11 +26,12 @@
 #include <string.h>
 
 enum {
-    BUDGET = 256,     /* tokens of a micro-batch: weights are read once for so many rows, activations still fit L2 */
-    BUDGET_MIN = 64,  /* not below this when batches are cut finer to give every thread some */
-    FEW_ROWS = 4,     /* quantised at once: of 1536 floats, 24 KB */
-    QUERY_BLOCK = 64, /* rows of scores held at once: 64 x 512 floats are 128 KB */
-    RACK = 16         /* idle workspaces that a model keeps */
+    BUDGET = 256,      /* tokens of a micro-batch: weights are read once for so many rows, activations still fit L2 */
+    BUDGET_MIN = 64,   /* not below this when batches are cut finer to give every thread some */
+    FEW_FLOATS = 6144, /* of a few rows quantised at once: 24 KB */
+    QUERY_BLOCK = 64,  /* rows of scores held at once: 64 x 512 floats are 128 KB */
+    SEQ_S8 = 64, /* int8 models: from so many tokens on attention is integer; below, quantising costs what that saves */
+    RACK = 16    /* idle workspaces that a model keeps */
 };
 /* Rows a thread needs before reading all weights itself beats sharing the columns with barriers between operations. */
 static const ptrdiff_t ROWS_PER_THREAD = 24;
@@ -77,7 +78,7 @@ static fb_status check_config(const fb_config *c, fb_error *err)
         {"hidden_size", c->hidden_size, 1 << 14},
         {"num_hidden_layers", c->num_hidden_layers, 1 << 10},
         {"num_attention_heads", c->num_attention_heads, 1 << 14},
-        {"intermediate_size", c->intermediate_size, 1 << 16},
+        {"intermediate_size", c->intermediate_size, 1 << 15},
         {"max_position_embeddings", c->max_position_embeddings, 1 << 16},
         {"type_vocab_size", c->type_vocab_size, 1 << 16},
     };
@@ -159,13 +160,53 @@ void fb_get_info(const fb_model *model, fb_info *info)
 
 static ptrdiff_t score_rows(ptrdiff_t tokens) { return tokens < QUERY_BLOCK ? tokens : QUERY_BLOCK; }
 
-/* Keys and values of one head, packed, and one block of scores. */
-static size_t attention_bytes(const fb_model *m, ptrdiff_t tokens)
+/* A matter of the sequence alone: its bits may not depend on its batch, nor on the kernel set. */
+static int integer_attention(const fb_model *m, ptrdiff_t seq)
+{
+    return m->config.precision == FB_INT8 && seq >= SEQ_S8;
+}
+
+/* What one head of a sequence needs at a time. */
+typedef struct head_scratch {
+    char *keys, *values; /* packed */
+    float *scores;       /* [block][ld_scores], block = score_rows(seq) */
+    uint8_t *bytes; /* integer attention: [block][ld_bytes], a block of queries, then its probabilities, quantised; */
+    float *scale;   /* [block] */
+    int32_t *zero;  /* [block] */
+    ptrdiff_t ld_scores, ld_bytes;
+    size_t size; /* bytes */
+} head_scratch;
+
+/* Lays it out at `at`, for a sequence of so many tokens; all parts are whole lines. NULL: its size alone. */
+static head_scratch head_scratch_at(const fb_model *m, ptrdiff_t seq, char *at)
 {
     const ptrdiff_t head_dim = m->config.hidden_size / m->config.num_attention_heads;
-    const fb_gemm_f32 *gemm = m->kernels.gemm_f32;
-    const size_t scores = (size_t)score_rows(tokens) * (size_t)leading(tokens) * sizeof(float);
-    return gemm->packed_bytes(tokens, head_dim) + gemm->packed_bytes(head_dim, tokens) + (scores + 63) / 64 * 64;
+    const int int8 = integer_attention(m, seq);
+    const size_t block = (size_t)score_rows(seq), lines = (block * sizeof(float) + 63) / 64 * 64;
+    size_t (*const packed_bytes)(ptrdiff_t, ptrdiff_t) =
+        int8 ? m->kernels.gemm_s8->packed_bytes : m->kernels.gemm_f32->packed_bytes;
+    head_scratch s = {.ld_scores = leading(seq), .ld_bytes = fb_k8(seq > head_dim ? seq : head_dim) + 64};
+    const size_t values = packed_bytes(seq, head_dim), scores = values + packed_bytes(head_dim, seq);
+    const size_t bytes = scores + block * (size_t)s.ld_scores * sizeof(float);
+    const size_t scale = bytes + (int8 ? block * (size_t)s.ld_bytes : 0), zero = scale + (int8 ? lines : 0);
+    s.size = zero + (int8 ? lines : 0);
+    if (at != NULL) {
+        s.keys = at;
+        s.values = at + values;
+        s.scores = (float *)(at + scores);
+        s.bytes = (uint8_t *)at + bytes;
+        s.scale = (float *)(at + scale);
+        s.zero = (int32_t *)(at + zero);
+    }
+    return s;
+}
+
+/* For sequences of up to so many tokens: the longest that is attended in float32 may need more than a longer one. */
+static size_t attention_bytes(const fb_model *m, ptrdiff_t tokens)
+{
+    const size_t size = head_scratch_at(m, tokens, NULL).size;
+    const size_t other = integer_attention(m, tokens) ? head_scratch_at(m, SEQ_S8 - 1, NULL).size : 0;
+    return size > other ? size : other;
 }
 
 /* Lays a workspace out for so many tokens; with ws == NULL it only adds up. */
@@ -320,13 +361,15 @@ static void meet_if_columns(const micro_batch *b)
 static void quantize(const micro_batch *b, const float *x, ptrdiff_t k, ptrdiff_t ldx, float *spare)
 {
     const fb_kernels *kernels = &b->model->kernels;
-    const ptrdiff_t ldq = b->model->ld_q;
+    const ptrdiff_t ldq = b->model->ld_q, few = k < FEW_FLOATS ? FEW_FLOATS / k : 1;
     for (ptrdiff_t i = b->row, rows; i < b->rows_end; i += rows) { /* a few at once: they stay in the L1 cache */
-        rows = b->rows_end - i < FEW_ROWS ? b->rows_end - i : FEW_ROWS;
+        rows = b->rows_end - i < few ? b->rows_end - i : few;
         if (spare != NULL)
-            kernels->mix_f32(rows, k, x + i * ldx, ldx, spare + i * ldx, ldx);
-        kernels->quantize_u8(rows, k, (spare ? spare : x) + i * ldx, ldx, b->ws->q + i * ldq, ldq, b->ws->q_scale + i,
-                             b->ws->q_zero + i);
+            kernels->mix_quantize_u8(rows, k, x + i * ldx, ldx, spare + i * ldx, ldx, b->ws->q + i * ldq, ldq,
+                                     b->ws->q_scale + i, b->ws->q_zero + i);
+        else
+            kernels->quantize_u8(rows, k, x + i * ldx, ldx, b->ws->q + i * ldq, ldq, b->ws->q_scale + i,
+                                 b->ws->q_zero + i);
     }
     meet_if_columns(b);
 }
@@ -398,36 +441,66 @@ static void embed(const micro_batch *b)
     layernorm(b, &w->embeddings_norm, b->ws->y, b->ws->x);
 }
 
-/* context [tokens][hidden] = softmax(q k^T / sqrt(head_dim)) v, one sequence and head at a time; in a narrow micro-batch
- * [sequences][hidden], and x is reduced to the same rows. */
+/* context [queries][head_dim] = softmax(q k^T / sqrt(head_dim)) v for one head of a sequence. */
+static void attend_f32(const fb_model *m, ptrdiff_t seq, ptrdiff_t queries, const float *q, const head_scratch *s,
+                       float *context)
+{
+    const fb_gemm_f32 *gemm = m->kernels.gemm_f32;
+    const fb_epilogue plain = {NULL, FB_ACT_NONE, NULL, 0};
+    const ptrdiff_t hidden = m->config.hidden_size, head_dim = hidden / m->config.num_attention_heads;
+    const ptrdiff_t block = score_rows(seq);
+    gemm->pack(seq, head_dim, q + hidden, m->ld_qkv, 1, s->keys);
+    gemm->pack(head_dim, seq, q + 2 * hidden, 1, m->ld_qkv, s->values);
+    for (ptrdiff_t i = 0; i < queries; i += block) {
+        const ptrdiff_t rows = queries - i < block ? queries - i : block;
+        gemm->run(rows, seq, head_dim, q + i * m->ld_qkv, m->ld_qkv, s->keys, &plain, s->scores, s->ld_scores);
+        m->kernels.softmax_f32(rows, seq, 1.0f / sqrtf((float)head_dim), s->scores, s->ld_scores);
+        gemm->run(rows, head_dim, seq, s->scores, s->ld_scores, s->values, &plain, context + i * m->ld_hidden,
+                  m->ld_hidden);
+    }
+}
+
+/* The same in integers: queries and keys have a scale per token, probabilities one per query, values one per channel. */
+static void attend_s8(const fb_model *m, ptrdiff_t seq, ptrdiff_t queries, const float *q, const head_scratch *s,
+                      float *context)
+{
+    const fb_gemm_s8 *gemm = m->kernels.gemm_s8;
+    const fb_epilogue plain = {NULL, FB_ACT_NONE, NULL, 0};
+    const ptrdiff_t hidden = m->config.hidden_size, head_dim = hidden / m->config.num_attention_heads;
+    const ptrdiff_t block = score_rows(seq);
+    gemm->pack_f32(seq, head_dim, q + hidden, m->ld_qkv, 1, s->keys);
+    gemm->pack_f32(head_dim, seq, q + 2 * hidden, 1, m->ld_qkv, s->values);
+    for (ptrdiff_t i = 0; i < queries; i += block) {
+        const ptrdiff_t rows = queries - i < block ? queries - i : block;
+        m->kernels.quantize_u8(rows, head_dim, q + i * m->ld_qkv, m->ld_qkv, s->bytes, s->ld_bytes, s->scale, s->zero);
+        for (ptrdiff_t r = 0; r < rows; r++)
+            s->scale[r] *= 1.0f / sqrtf((float)head_dim);
+        gemm->run(rows, seq, head_dim, s->bytes, s->ld_bytes, s->scale, s->zero, s->keys, &plain, s->scores,
+                  s->ld_scores);
+        m->kernels.softmax_u8(rows, seq, s->scores, s->ld_scores, s->bytes, s->ld_bytes, s->scale);
+        memset(s->zero, 0, (size_t)rows * sizeof *s->zero);
+        gemm->run(rows, head_dim, seq, s->bytes, s->ld_bytes, s->scale, s->zero, s->values, &plain,
+                  context + i * m->ld_hidden, m->ld_hidden);
+    }
+}
+
+/* context [tokens][hidden], one sequence and head at a time; in a narrow micro-batch [sequences][hidden], and x is
+ * reduced to the same rows. */
 static void attention(const micro_batch *b)
 {
     const fb_model *m = b->model;
-    const fb_gemm_f32 *gemm = m->kernels.gemm_f32;
-    const fb_epilogue plain = {NULL, FB_ACT_NONE, NULL, 0};
     const ptrdiff_t hidden = m->config.hidden_size, heads = m->config.num_attention_heads, head_dim = hidden / heads;
-    const float scale = 1.0f / sqrtf((float)head_dim);
     char *scratch = b->ws->attention + attention_bytes(m, b->order[0].length) * (size_t)b->team->rank;
     ptrdiff_t unit = 0, first = 0, out = 0;
     for (ptrdiff_t s = 0; s < b->size; s++) {
-        const ptrdiff_t seq = b->order[s].length, ld_scores = leading(seq), block = score_rows(seq);
-        const ptrdiff_t queries = rows_of(b, s);
-        void *keys = scratch, *values = scratch + gemm->packed_bytes(seq, head_dim);
-        float *scores = (float *)((char *)values + gemm->packed_bytes(head_dim, seq));
+        const ptrdiff_t seq = b->order[s].length, queries = rows_of(b, s);
+        const head_scratch parts = head_scratch_at(m, seq, scratch);
         for (ptrdiff_t head = 0; head < heads; head++) {
             if (unit++ % b->team->size != b->team->rank)
                 continue;
-            const float *q = b->ws->qkv + first * m->ld_qkv + head * head_dim, *k = q + hidden, *v = k + hidden;
+            const float *q = b->ws->qkv + first * m->ld_qkv + head * head_dim;
             float *context = b->ws->context + out * m->ld_hidden + head * head_dim;
-            gemm->pack(seq, head_dim, k, m->ld_qkv, 1, keys);
-            gemm->pack(head_dim, seq, v, 1, m->ld_qkv, values);
-            for (ptrdiff_t i = 0; i < queries; i += block) {
-                const ptrdiff_t rows = queries - i < block ? queries - i : block;
-                gemm->run(rows, seq, head_dim, q + i * m->ld_qkv, m->ld_qkv, keys, &plain, scores, ld_scores);
-                m->kernels.softmax_f32(rows, seq, scale, scores, ld_scores);
-                gemm->run(rows, head_dim, seq, scores, ld_scores, values, &plain, context + i * m->ld_hidden,
-                          m->ld_hidden);
-            }
+            (integer_attention(m, seq) ? attend_s8 : attend_f32)(m, seq, queries, q, &parts, context);
         }
         if (b->narrow && b->team->rank == 0)
             memmove(b->ws->x + out * m->ld_hidden, b->ws->x + first * m->ld_hidden, (size_t)hidden * sizeof(float));

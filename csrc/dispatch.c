@@ -43,11 +43,14 @@ static void inherit(fb_kernels *merged, const fb_kernels *row)
         merged->slot = row->slot;
     FB_INHERIT(gemm_f32)
     FB_INHERIT(softmax_f32)
+    FB_INHERIT(softmax_u8)
     FB_INHERIT(layernorm_f32)
     FB_INHERIT(mix_f32)
     FB_INHERIT(quantize_u8)
+    FB_INHERIT(mix_quantize_u8)
     FB_INHERIT(gemm_s8)
-    FB_INHERIT(gemm_split)
+    if (row->gemm_split != NULL && (row->gemm_split->needs & ~fb_cpu_features()) == 0)
+        FB_INHERIT(gemm_split)
 #undef FB_INHERIT
 }
 

@@ -61,8 +61,8 @@ enum {
 
 enum { FB_MAX_DENSE = 8 };
 
-/* Number format of the encoder's linear layers and word embeddings. Pooler, dense modules, attention and all row
- * operations are float32 in both. */
+/* Number format of the encoder's linear layers, word embeddings and, for sequences of some length, attention. Pooler, dense
+ * modules and all other row operations are float32 in both. */
 typedef enum fb_precision {
     FB_FP32,
     FB_INT8 /* weights per output feature, activations per token; made while loading, from any fb_dtype */

@@ -83,6 +83,7 @@ typedef struct fb_gemm_f32 {
 enum { FB_SPLIT_PANEL = 256, FB_SPLIT_SCRATCH = 256 * (FB_SPLIT_PANEL / 32 * 3 + 1) * 64 };
 typedef struct fb_gemm_split {
     const char *name;
+    uint32_t needs; /* FB_CPU_*, beyond those of the kernel set that brings it */
     size_t (*packed_bytes)(ptrdiff_t n, ptrdiff_t k);
     void (*pack)(ptrdiff_t n, ptrdiff_t k, const float *w, ptrdiff_t ldw, void *packed);
     void (*run)(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const float *a, ptrdiff_t lda, const void *packed,
@@ -130,16 +131,23 @@ static inline float fb_mix_gain(ptrdiff_t n)
 typedef void fb_quantize_u8(ptrdiff_t rows, ptrdiff_t k, const float *x, ptrdiff_t ldx, uint8_t *q, ptrdiff_t ldq,
                             float *scale, int32_t *zero);
 
+/* mix_quantize_u8: mix_f32 from x to y, then quantize_u8 of y, in fewer passes. y == x with ldy == ldx is allowed. */
+typedef void fb_mix_quantize_u8(ptrdiff_t rows, ptrdiff_t k, const float *x, ptrdiff_t ldx, float *y, ptrdiff_t ldy,
+                                uint8_t *q, ptrdiff_t ldq, float *scale, int32_t *zero);
+
 /* gemm_s8: the linear layer with int8 operands and a float32 result.
  *
  *   t[i][j] = sum_p (a[i][p] - zero[i]) * W[j][p]                         exact, in int32
  *   C[i][j] = residual[i][j] + act(fma((float)t[i][j], scale_a[i] * scale_w[j], bias[j]))
  *
+ *   act     as in gemm_f32, but GELU, GELU_TANH and SILU, which are quantised next, with an absolute error of at most 2.6e-5,
+ *           2.2e-5 and 1.03e-4 and one rounding, as fma(-|x|, (r r) (r r), max(0, x)), r = max(0, Q(|x|)), Q by fmas from
+ *           its highest power down (v_act_s8): exactly x or 0 beyond 4.68, 4.59 and 13.28, NaN for an infinity
  *   a       [m][fb_k8(k)] u8, rows lda bytes apart; bytes from k on meet zero weights
  *   scale_a, zero [m]
  *   packed  W [n][k] in -127 .. 127, its column sums and scale_w [n], as laid out by pack of this same struct
  *
- * Sizes    any m, n >= 0, 0 <= k <= 65536: |t| < 2^31.
+ * Sizes    any m, n >= 0, 0 <= k <= 32768: |t| < 2^31.
  * Memory   as gemm_f32. Columns  as gemm_f32.
  * Numbers  no saturating instruction; the same bits in every kernel set.
  */
@@ -147,6 +155,10 @@ typedef struct fb_gemm_s8 {
     const char *name;
     size_t (*packed_bytes)(ptrdiff_t n, ptrdiff_t k);
     void (*pack)(ptrdiff_t n, ptrdiff_t k, const int8_t *w, ptrdiff_t ldw, const float *scale_w, void *packed);
+    /* Quantises and packs W with element [j][p] at w[j * stride_n + p * stride_k], strides as in fb_gemm_f32, as q and scale_w:
+     *   scale_w[j] = max_p |w[j][p]| / 127,  q = rint(w * (1 / scale_w)), the product not rounded
+     * scale_w 0 with all q 0 where it would be below 2^-120; NaN with all q 0 where a row holds a NaN or an infinity. */
+    void (*pack_f32)(ptrdiff_t n, ptrdiff_t k, const float *w, ptrdiff_t stride_n, ptrdiff_t stride_k, void *packed);
     void (*run)(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const uint8_t *a, ptrdiff_t lda, const float *scale_a,
                 const int32_t *zero, const void *packed, const fb_epilogue *epilogue, float *c, ptrdiff_t ldc);
 } fb_gemm_s8;
@@ -162,6 +174,19 @@ typedef struct fb_gemm_s8 {
  *          A NaN in a row makes that row NaN.
  */
 typedef void fb_softmax_f32(ptrdiff_t rows, ptrdiff_t n, float scale, float *x, ptrdiff_t ldx);
+
+/* softmax_u8: the softmax of each row as bytes over their sum, the activations of a gemm_s8 with zero 0.
+ *
+ *   e[j] = 255 exp(x[j] - max(x)),  q[j] = e[j] rounded,  scale = 1 / sum(q)
+ *
+ *   x       [rows][n], rows ldx apart; 1 <= n <= 65536
+ *   q       [rows][fb_k8(n)], rows ldq >= fb_k8(n) apart; bytes from n on are 0
+ *   scale   [rows]; NaN, with all q 0, where softmax_f32 has a NaN
+ * Numbers  |e error| < 0.0124 (v_exp_255), so |q - e| < 0.5124; the largest q of a row is 255. sum(q) is exact. Ties, which
+ *          are rounded as the sum of the lane so far has it, are all that depends on the order of a row.
+ */
+typedef void fb_softmax_u8(ptrdiff_t rows, ptrdiff_t n, const float *x, ptrdiff_t ldx, uint8_t *q, ptrdiff_t ldq,
+                           float *scale);
 
 /* layernorm_f32: y = (x - mean) / sqrt(var + eps) * gamma + beta for each row (Ba et al., arXiv:1607.06450).
  *
@@ -179,11 +204,13 @@ typedef struct fb_kernels {
     uint32_t needs; /* FB_CPU_* bits, all of them (cpu.h) */
     const fb_gemm_f32 *gemm_f32;
     fb_softmax_f32 *softmax_f32;
+    fb_softmax_u8 *softmax_u8;
     fb_layernorm_f32 *layernorm_f32;
     fb_mix_f32 *mix_f32;
     fb_quantize_u8 *quantize_u8;
+    fb_mix_quantize_u8 *mix_quantize_u8;
     const fb_gemm_s8 *gemm_s8;
-    const fb_gemm_split *gemm_split; /* NULL in sets without it, and then float32 models run on gemm_f32 */
+    const fb_gemm_split *gemm_split; /* NULL in sets and on CPUs without it; then float32 models run on gemm_f32 */
 } fb_kernels;
 
 #endif

@@ -70,12 +70,6 @@ static void emulated_release(void)
     memset(cpu.bytes, 0, sizeof cpu.bytes);
 }
 
-static void emulated_zero(int tile)
-{
-    if (shaped("tilezero", tile))
-        memset(cpu.bytes[tile], 0, sizeof cpu.bytes[tile]);
-}
-
 static void emulated_loadd(int tile, const void *memory, ptrdiff_t stride)
 {
     if (!shaped("tileloadd", tile))
@@ -161,14 +155,12 @@ UNCHECKED static void emulated_dpbf16ps(int sums, int a, int w)
 
 #undef _tile_loadconfig
 #undef _tile_release
-#undef _tile_zero
 #undef _tile_loadd
 #undef _tile_stored
 #undef _tile_dpbusd
 #undef _tile_dpbf16ps
 #define _tile_loadconfig emulated_loadconfig
 #define _tile_release emulated_release
-#define _tile_zero emulated_zero
 #define _tile_loadd emulated_loadd
 #define _tile_stored emulated_stored
 #define _tile_dpbusd emulated_dpbusd

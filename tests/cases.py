@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbert._kernels import CHAIN, SPLIT_PANEL, SPLIT_SCRATCH, KernelSet, k8
+from tests.reference import GATES
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -173,10 +174,11 @@ def _silu(x: F64) -> F64:
 
 @dataclass(frozen=True)
 class Activation:
-    """An activation and its error: at most EXP * (near * min(|x|, 8) + relative * |act(x)|) + held.
+    """An activation and its error: at most EXP * (near * min(|x|, 8) + relative * |act(x)|) + held + absolute.
 
     x g(x) with g in [0, 1] as exact as exp: near = 1 where g is a difference that cancels for negative x (beyond -8 it
-    is 0), relative = 1 for the value itself, 1 more for a quotient. held: exp and its argument stop near 88.
+    is 0), relative = 1 for the value itself, 1 more for a quotient. held: exp and its argument stop near 88. absolute:
+    of an approximation.
     """
 
     exact: Callable[[F64], F64]
@@ -184,11 +186,12 @@ class Activation:
     near: float = 0.0
     relative: float = 0.0
     held: float = 0.0
+    absolute: float = 0.0
 
     def bound(self, x: F64) -> F64:
         with np.errstate(all="ignore"):
-            y = self.exact(x)
-            return EXP * (self.near * np.minimum(np.abs(x), 8) + self.relative * np.abs(y)) + self.held + TINY
+            factor = self.near * np.minimum(np.abs(x), 8) + self.relative * np.abs(self.exact(x))
+            return EXP * factor + self.held + self.absolute + TINY
 
 
 ACTIVATIONS = {
@@ -199,6 +202,22 @@ ACTIVATIONS = {
     "silu": Activation(_silu, 1.1, relative=2, held=HELD_AT * HELD),
     "tanh": Activation(np.tanh, 1.0, relative=1),
 }
+
+# Those of gemm_s8, whose results are quantised next.
+ACTIVATIONS_S8 = ACTIVATIONS | {
+    "gelu": Activation(_gelu, 1.13, relative=1, absolute=2.6e-5),
+    "gelu_tanh": Activation(_gelu_tanh, 1.13, relative=1, absolute=2.2e-5),
+    "silu": Activation(_silu, 1.1, relative=1, absolute=1.03e-4),
+}
+
+
+def gate4(q: Sequence[float], x: F32) -> F32:
+    """An activation of gemm_s8 with every rounding of the contract."""
+    a, (r, *lower) = np.abs(x), np.array(q, np.float32)[::-1]
+    for c in lower:
+        r = fma(r, a, c)
+    r = np.maximum(r, np.float32(0))
+    return fma(-a, (r * r) * (r * r), np.maximum(x, np.float32(0)))
 
 
 # ---- the ops ----
@@ -214,6 +233,7 @@ class Linear(ABC):
     """out [m][n] = residual + act(sums + bias): what the linear layers share. W is packed; columns of it may be cut."""
 
     op: ClassVar[str]
+    activations: ClassVar[Mapping[str, Activation]] = ACTIVATIONS
     m: int
     n: int
     k: int
@@ -275,21 +295,21 @@ class Linear(ABC):
     def truth(self, operands: Operands) -> F64:
         with np.errstate(all="ignore"):
             sums = self.sums(operands) + operands.get("bias", 0.0)
-            return ACTIVATIONS[self.act].exact(sums) + operands.get("residual", 0.0)
+            return self.activations[self.act].exact(sums) + operands.get("residual", 0.0)
 
     def bound(self, operands: Operands) -> F64:
         """The sum and the bias; through the activation; the addition of the residual."""
-        act, sums = ACTIVATIONS[self.act], self.sums(operands) + operands.get("bias", 0.0)
+        act, sums = self.activations[self.act], self.sums(operands) + operands.get("bias", 0.0)
         return act.slope * self.sum_bound(operands) + act.bound(sums) + U * np.abs(self.truth(operands)) * self.residual
 
+    def act_bits(self, x: F32) -> F32 | None:
+        """act(x), where the contract names every rounding."""
+        return x if self.act == "none" else np.maximum(x, np.float32(0)) if self.act == "relu" else None
+
     def bits(self, operands: Operands) -> F32 | None:
-        if self.act not in ("none", "relu"):
-            return None
         with np.errstate(all="ignore"):
-            total = self.sum_bits(operands)
-            if self.act == "relu":
-                total = np.maximum(total, np.float32(0))
-            return total + operands.get("residual", np.float32(0))
+            result = self.act_bits(self.sum_bits(operands))
+            return None if result is None else result + operands.get("residual", np.float32(0))
 
     def wrong(self, operands: Operands) -> Iterator[tuple[str, F64]]:
         if self.m * self.n == 0:
@@ -451,6 +471,7 @@ class GemmS8(Linear):
     """
 
     op: ClassVar[str] = "gemm_s8"
+    activations: ClassVar[Mapping[str, Activation]] = ACTIVATIONS_S8
     extreme: bool = False
 
     def __str__(self) -> str:
@@ -506,6 +527,9 @@ class GemmS8(Linear):
     def sum_bits(self, operands: Operands) -> F32:
         scale = operands["scale_a"][:, None] * operands["scale_w"]
         return fma(self._exact(operands).astype(np.float32), scale, operands.get("bias", np.float32(0)))
+
+    def act_bits(self, x: F32) -> F32 | None:
+        return gate4(GATES[self.act], x) if self.act in GATES else super().act_bits(x)
 
     def wrong_sums(self, operands: Operands) -> Iterator[tuple[str, Operands]]:
         a, zero = operands["a"].copy(), operands["zero"]
@@ -571,6 +595,83 @@ class SoftmaxF32:
 
     def moved_bytes(self) -> int:
         return 8 * self.rows * self.n
+
+
+@dataclass(frozen=True)
+class SoftmaxU8:
+    """out [rows][k8(n) + 1] = q, scale of x [rows][n]: copies of what the kernel writes, in float32.
+
+    truth is e = 255 exp(x - max(x)) and 1 / its sum; what scale must be to the last bit, q tells.
+    """
+
+    op: ClassVar[str] = "softmax_u8"
+    rows: int
+    n: int
+
+    ROUNDED: ClassVar[float] = 0.5124  # kernels.h
+
+    def __str__(self) -> str:
+        return f"rows{self.rows}n{self.n}"
+
+    def operands(self, rng: np.random.Generator) -> Operands:
+        """A row of several bytes of each size: sharp rows, flat ones and ones in between in turn."""
+        spread = np.array([3.0, 1.0, 0.2])[np.arange(self.rows) % 3, None]
+        return {"x": (spread * rng.standard_normal((self.rows, self.n))).astype(np.float32)}
+
+    def out_shape(self) -> tuple[int, int]:
+        return self.rows, k8(self.n) + 1
+
+    def bind(self, kernels: KernelSet, operands: Operands, out: F32, place: Place = aligned) -> Callable[[int], None]:
+        q = place("q", np.full((self.rows, k8(self.n)), 255, np.uint8))
+        scale = place("scale", np.full(self.rows, -1, np.float32))
+
+        def run(repeat: int) -> None:
+            kernels.softmax_u8(operands["x"], q, scale, repeat)
+            out[:, :-1], out[:, -1] = q, scale
+
+        return run
+
+    def _truth(self, x: F32, most: F64) -> F64:
+        out = np.zeros(self.out_shape())
+        out[:, : self.n] = 255 * np.exp(x.astype(np.float64) - most)
+        out[:, -1] = 1 / out.sum(axis=1)
+        return out
+
+    def truth(self, operands: Operands) -> F64:
+        return self._truth(operands["x"], operands["x"].max(axis=1, keepdims=True).astype(np.float64))
+
+    def bound(self, operands: Operands) -> F64:
+        """One rounding of x - max, which exp multiplies; the bound of the contract. The sum has that of its terms."""
+        out, x = self.truth(operands), operands["x"].astype(np.float64)
+        scale = out[:, -1]
+        difference = U * (x.max(axis=1, keepdims=True) - x)
+        off = np.zeros(self.out_shape())
+        off[:, : self.n] = self.ROUNDED + out[:, : self.n] * difference
+        total = off.sum(axis=1)
+        off[:, -1] = scale * (scale * total / np.maximum(1 - scale * total, 1e-9) + 2 * U)
+        return off
+
+    def bits(self, operands: Operands) -> None:
+        return None  # exp may be any function within its bound
+
+    def wrong(self, operands: Operands) -> Iterator[tuple[str, F64]]:
+        if self.rows == 0:
+            return
+        truth = self.truth(operands)
+        if self.n > 1:
+            yield "largest element not taken off", self._truth(operands["x"], np.zeros((self.rows, 1)))
+            yield "elements in the wrong order", np.hstack([truth[:, self.n - 1 :: -1], truth[:, self.n :]])
+        if self.n % 64:
+            padded = truth.copy()
+            padded[:, self.n : -1] = 1
+            yield "bytes from n on not cleared", padded
+        yield "256 steps", truth * np.where(np.arange(truth.shape[1]) == truth.shape[1] - 1, 255 / 256, 256 / 255)
+
+    def flops(self) -> int:
+        return 0
+
+    def moved_bytes(self) -> int:
+        return self.rows * (4 * self.n + k8(self.n) + 4)
 
 
 @dataclass(frozen=True)
@@ -833,6 +934,66 @@ class QuantizeU8:
         return self.rows * (4 * self.k + k8(self.k) + 8)
 
 
+@dataclass(frozen=True)
+class MixQuantizeU8:
+    """out [rows][k + k8(k) + 2] = y, q, zero, scale of x [rows][k]; inplace: y is x. The bits of the two ops."""
+
+    op: ClassVar[str] = "mix_quantize_u8"
+    rows: int
+    k: int
+    inplace: bool = False
+
+    def __str__(self) -> str:
+        return f"rows{self.rows}k{self.k}" + "-inplace" * self.inplace
+
+    def ops(self) -> tuple[MixF32, QuantizeU8]:
+        return MixF32(self.rows, self.k), QuantizeU8(self.rows, self.k)
+
+    def operands(self, rng: np.random.Generator) -> Operands:
+        return self.ops()[1].operands(rng)
+
+    def out_shape(self) -> tuple[int, int]:
+        return self.rows, self.k + k8(self.k) + 2
+
+    def bind(self, kernels: KernelSet, operands: Operands, out: F32, place: Place = aligned) -> Callable[[int], None]:
+        x = operands["x"]
+        q = place("q", np.full((self.rows, k8(self.k)), 255, np.uint8))
+        zero = place("zero", np.full(self.rows, -1, np.int32))
+        scale = place("scale", np.full(self.rows, -1, np.float32))
+        y = out[:, : self.k]
+        if self.inplace:
+            y[...] = x
+            x = y
+
+        def run(repeat: int) -> None:
+            kernels.mix_quantize_u8(x, y, q, scale, zero, repeat)
+            out[:, self.k : -2], out[:, -2], out[:, -1] = q, zero, scale
+
+        return run
+
+    def truth(self, operands: Operands) -> F64:
+        return self.bits(operands).astype(np.float64)
+
+    def bound(self, operands: Operands) -> F64:
+        return U * np.abs(self.truth(operands)) + TINY
+
+    def bits(self, operands: Operands) -> F32:
+        mix, quantize = self.ops()
+        y = mix.bits(operands)
+        return np.hstack([y, quantize.bits({"x": y})])
+
+    def wrong(self, operands: Operands) -> Iterator[tuple[str, F64]]:
+        if self.rows and self.k > 1:
+            swapped = operands["x"][:, ::-1]
+            yield "lanes in the wrong order", self.bits({"x": swapped}).astype(np.float64)
+
+    def flops(self) -> int:
+        return 0
+
+    def moved_bytes(self) -> int:
+        return self.rows * (8 * self.k + k8(self.k) + 8)
+
+
 OPS: dict[str, type[Case]] = {
-    op.op: op for op in (GemmF32, GemmSplit, GemmS8, SoftmaxF32, LayerNormF32, MixF32, QuantizeU8)
+    op.op: op for op in (GemmF32, GemmSplit, GemmS8, SoftmaxF32, SoftmaxU8, LayerNormF32, MixF32, QuantizeU8, MixQuantizeU8)
 }

@@ -4,7 +4,8 @@ Devlin et al., arXiv:1810.04805, with the conventions of Hugging Face ``transfor
 the residual) and, for sentence vectors, of ``sentence-transformers``. tests/golden holds what those two libraries give.
 
     config   the keys of config.json, plus "pooling" (names of POOLING), "dense" (names of ACTIVATIONS) and "normalize";
-             "precision": "int8" puts the encoder's linear layers and the word embeddings through eight bits
+             "precision": "int8" puts the encoder's linear layers and the word embeddings through eight bits, and the
+             attention of sequences of INTEGER_ATTENTION tokens and more
     weights  arrays by checkpoint name without a prefix; dense.<i>.weight [out, in] and dense.<i>.bias for "dense";
              any float type: the activations are float64 from the first line on, so NumPy computes in float64
     ragged   the tokens of all sequences in one row: ids [tokens], offsets [batch + 1] from 0 to tokens; no padding
@@ -12,6 +13,7 @@ the residual) and, for sentence vectors, of ``sentence-transformers``. tests/gol
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -54,6 +56,22 @@ ACTIVATIONS = {
     "silu": silu,
     "tanh": np.tanh,
 }
+
+
+# Int8 models: act(x) = max(0, x) - |x| r^4, r = max(0, Q(|x|)); Q from its constant up (kernels/activations.inc.h).
+GATES = {
+    "gelu": (0.84062767, -0.165751591, -0.0546290204, 0.0085022999, 0.00284139183, -0.000491756538),
+    "gelu_tanh": (0.84064436, -0.165688053, -0.0553040095, 0.00992462877, 0.00207228097, -0.000390098721),
+    "silu": (0.840065897, -0.100333072, -0.0285121668, 0.0101582017, -0.00134988793, 8.56768893e-05, -2.1282433e-06),
+}
+
+
+def gated(name: str, x: Array) -> Array:
+    a = np.abs(x)
+    return np.maximum(x, 0) - a * np.maximum(np.polynomial.Polynomial(GATES[name])(a), 0) ** 4
+
+
+ACTIVATIONS_INT8 = ACTIVATIONS | {name: partial(gated, name) for name in GATES}
 
 
 def softmax(x: Array) -> Array:
@@ -104,7 +122,7 @@ def quantize_tokens(x: Array) -> Array:
     return scale * (np.clip(np.rint(x * inverse) + zero, 0, 255) - zero)
 
 
-def quantize_rows(w: NDArray[np.float32]) -> Array:
+def quantize_rows(w: NDArray[Any]) -> Array:
     """scale * q, q in -127 .. 127, a scale per row."""
     scale = np.abs(w).max(axis=1, keepdims=True) / 127
     return scale.astype(np.float64) * np.clip(np.rint(w * _inverse(scale)), -127, 127)
@@ -123,6 +141,23 @@ def quantize_weights(weights: Weights) -> Weights:
     return {name: quantized(name, w) for name, w in weights.items()}
 
 
+INTEGER_ATTENTION = 64  # tokens of a sequence from which its attention is integer: SEQ_S8 of csrc/bert.c
+EXP_255 = np.array([1.9990102, 0.24971582, 0.015329663, 0.00051042525], np.float32)  # of csrc/kernels/activations.inc.h
+
+
+def probabilities(scores: Array) -> Array:
+    """softmax_u8: bytes over their sum."""
+    x = np.maximum(scores - scores.max(axis=-1, keepdims=True), -6.25)
+    q = np.rint(np.polynomial.polynomial.polyval(x, EXP_255.astype(np.float64)) ** 8)
+    return q / q.sum(axis=-1, keepdims=True)
+
+
+def integer_attention(q: Array, k: Array, v: Array) -> Array:
+    """The context of one head from q, k, v [seq, head_dim]: q and k with a scale per row, v with one per column."""
+    scores = quantize_tokens(q) @ quantize_rows(k).T / math.sqrt(q.shape[1])
+    return probabilities(scores) @ quantize_rows(v.T).T
+
+
 # ---- one sequence ----
 
 
@@ -130,8 +165,8 @@ def encode(config: Mapping[str, Any], weights: Weights, ids: NDArray[Any], type_
     """last_hidden_state [seq, hidden] of one sequence."""
     seq, hidden, heads = len(ids), config["hidden_size"], config["num_attention_heads"]
     head_dim = hidden // heads
-    act = ACTIVATIONS[config["hidden_act"]]
     int8 = config.get("precision") == "int8"  # then forward() has quantised the weights
+    act = (ACTIVATIONS_INT8 if int8 else ACTIVATIONS)[config["hidden_act"]]
 
     def linear(name: str, x: Array) -> Array:
         if int8:
@@ -151,8 +186,11 @@ def encode(config: Mapping[str, Any], weights: Weights, ids: NDArray[Any], type_
     for i in range(config["num_hidden_layers"]):
         layer = f"encoder.layer.{i}"
         q, k, v = (split_heads(linear(f"{layer}.attention.self.{name}", x)) for name in ("query", "key", "value"))
-        probs = softmax(q @ k.transpose(0, 2, 1) / math.sqrt(head_dim))  # [heads, seq, seq]
-        context = (probs @ v).transpose(1, 0, 2).reshape(seq, hidden)
+        if int8 and seq >= INTEGER_ATTENTION:
+            context = np.array([integer_attention(*head) for head in zip(q, k, v, strict=True)])
+        else:
+            context = softmax(q @ k.transpose(0, 2, 1) / math.sqrt(head_dim)) @ v  # [heads, seq, head_dim]
+        context = context.transpose(1, 0, 2).reshape(seq, hidden)
         x = norm(f"{layer}.attention.output.LayerNorm", x + linear(f"{layer}.attention.output.dense", context))
         ffn = linear(f"{layer}.output.dense", act(linear(f"{layer}.intermediate.dense", x)))
         x = norm(f"{layer}.output.LayerNorm", x + ffn)

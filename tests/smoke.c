@@ -10,7 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { VOCAB = 50, HIDDEN = 96, HEADS = 3, INTERMEDIATE = 200, LAYERS = 2, POSITIONS = 40, TYPES = 2, TENSORS = 80 };
+enum { VOCAB = 50, HIDDEN = 96, HEADS = 3, INTERMEDIATE = 200, LAYERS = 2, POSITIONS = 72, TYPES = 2, TENSORS = 80 };
 
 static fb_tensor tensors[TENSORS];
 static size_t num_tensors;
@@ -89,7 +89,7 @@ static uint64_t hash(uint64_t h, const float *x, size_t n)
     return h;
 }
 
-enum { SEQUENCES = 4, TOKENS = 64 };
+enum { SEQUENCES = 4, TOKENS = 96 }; /* the last has 72: attention in integers */
 
 int main(void)
 {

@@ -99,12 +99,21 @@ def test_engine(shape: str) -> None:
     assert judgement.distance.max() <= judgement.quantisation
 
 
-def test_long_sequences() -> None:
+LONG = (512, 33, 64, 65, 100, 63)  # on both sides of reference.INTEGER_ATTENTION
+
+
+def long_model(shape: str) -> Model:
+    return models.random_model(seed=1, **{**SHAPES[shape], "num_hidden_layers": 1})
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_long_sequences(shape: str) -> None:
     """Each may have a flip somewhere, which attention spreads thinly: most elements are still within rounding."""
-    model = models.random_model(seed=1, num_hidden_layers=1)
-    batch = models.random_batch((512, 33, 64), model.config["vocab_size"])
+    model = long_model(shape)
+    batch = models.random_batch(LONG, model.config["vocab_size"])
     judgement = Judgement.of(hidden(int8(model), batch), model, batch)
-    assert np.median(judgement.distance) <= judgement.rounding < judgement.quantisation / 100
+    assert judgement.rounding < judgement.quantisation / 100
+    assert all(np.median(part) <= judgement.rounding for part in by_sequence(judgement.distance, batch))
     assert judgement.distance.max() <= judgement.quantisation
 
 
@@ -177,6 +186,48 @@ def test_mistakes_are_rejected(mistake: str, monkeypatch: pytest.MonkeyPatch) ->
     assert Judgement.of(result, model, batch).most_agree(batch) == (mistake == "nothing")
 
 
+def rows_in_float(q: reference.Array, k: reference.Array, v: reference.Array) -> reference.Array:
+    scores = q @ k.T / np.sqrt(q.shape[1])
+    return reference.probabilities(scores) @ reference.quantize_rows(v.T).T
+
+
+def keys_of_one_scale(q: reference.Array, k: reference.Array, v: reference.Array) -> reference.Array:
+    return integer_attention(q, quantize_rows(k.reshape(1, -1)).reshape(k.shape), v)
+
+
+def values_of_a_scale_per_token(q: reference.Array, k: reference.Array, v: reference.Array) -> reference.Array:
+    return integer_attention(q, k, quantize_rows(v))
+
+
+def sum_of_what_is_not_rounded(scores: reference.Array) -> reference.Array:
+    e = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return np.rint(255 * e) / (255 * e.sum(axis=-1, keepdims=True))
+
+
+integer_attention = reference.integer_attention
+WRONG_ATTENTION: dict[str, tuple[str, Any]] = {
+    "queries and keys in float": ("integer_attention", rows_in_float),
+    "one scale for all keys": ("integer_attention", keys_of_one_scale),
+    "values quantised by token": ("integer_attention", values_of_a_scale_per_token),
+    "values in float": ("integer_attention", lambda q, k, v: integer_attention(q, k, 1e9 * np.eye(len(v))) @ v / 1e9),
+    "probabilities in float": ("probabilities", reference.softmax),
+    "the float sum of probabilities": ("probabilities", sum_of_what_is_not_rounded),
+    "from 65 tokens on": ("INTEGER_ATTENTION", 65),
+    "from 63 tokens on": ("INTEGER_ATTENTION", 63),
+}
+
+
+@pytest.mark.parametrize("mistake", WRONG_ATTENTION)
+def test_mistakes_of_attention_are_rejected(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = long_model("96")
+    batch = models.random_batch((64, 63, 64, 63), model.config["vocab_size"])
+    result = hidden(int8(model), batch)
+    monkeypatch.setattr(reference, *WRONG_ATTENTION[mistake])
+    judgement = Judgement.of(result, model, batch)
+    medians = [float(np.median(part)) for part in by_sequence(judgement.distance, batch)]
+    assert max(medians) > 10 * judgement.rounding
+
+
 # ---- same text, same bits ----
 
 
@@ -243,9 +294,24 @@ def test_hidden_states_same_bits(shape: str, isa: str) -> None:
     assert run(isa, 1) == run(isa, 2) == run("scalar", 1)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("shape", ["96", "128"])
+def test_first_tokens_alone_same_bits(shape: str, isa: str) -> None:
+    """Where nothing but first tokens is asked for, the last layer has one query a sequence."""
+    model = int8(models.random_model(seed=3, sentence=Sentence(("cls",)), **SHAPES[shape]))
+    batch = models.random_batch((64, 1, 63, 130, 65, 8), model.config["vocab_size"])
+    core = _core.Model(model.config, model.tensors(), isa)
+    _, _, whole = core.forward(*batch, hidden=True, vectors=True, threads=1)
+    for threads in (1, 2):
+        assert bits(core.forward(*batch, vectors=True, threads=threads)[2]) == bits(whole)
+    for i, (a, b) in enumerate(pairwise(batch.offsets)):
+        one = core.forward(batch.ids[a:b], np.array([0, b - a]), batch.type_ids[a:b], vectors=True)[2]
+        assert bits(one[0]) == bits(whole[i]), i
+
+
 # ---- extremes ----
 
-EXTREME = models.random_batch((3, 1, 9, 2, 30), len(models.VOCABULARY), seed=5)
+EXTREME = models.random_batch((3, 1, 9, 2, 30, 66, 4, 5), len(models.VOCABULARY), seed=5)
 WORDS, POSITIONS = "embeddings.word_embeddings.weight", "embeddings.position_embeddings.weight"
 UP, DOWN = "encoder.layer.0.intermediate.dense.weight", "encoder.layer.0.output.dense.weight"
 QUERY, KEY = "encoder.layer.0.attention.self.query.weight", "encoder.layer.0.attention.self.key.weight"

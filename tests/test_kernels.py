@@ -15,9 +15,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fastbert._kernels import ACTS, CHAIN, STRIP, KernelSet, kernel_sets, mix_gain
+from fastbert._kernels import ACTS, CHAIN, STRIP, KernelSet, k8, kernel_sets, mix_gain
 from tests.cases import (
-    ACTIVATIONS,
     F32,
     TINY,
     Case,
@@ -27,9 +26,11 @@ from tests.cases import (
     LayerNormF32,
     Linear,
     MixF32,
+    MixQuantizeU8,
     Operands,
     QuantizeU8,
     SoftmaxF32,
+    SoftmaxU8,
     U,
     aligned,
     expect,
@@ -191,7 +192,7 @@ def gemm_s8_cases() -> list[Linear]:
         *((m, n, k) for m in range(1, 41) for n, k in [(33, 70), (131, 9)]),
         *((m, n, k) for m in (1, 13) for n, k in MODELS),
     ]
-    sizes = [*((13, 70, k) for k in (1, 3, 4, 63, 64, 65, 768, 3072)), *((mn, mn, 65536) for mn in range(1, 17))]
+    sizes = [*((13, 70, k) for k in (1, 3, 4, 63, 64, 65, 768, 3072)), *((mn, mn, 32768) for mn in range(1, 17))]
     extreme = [GemmS8(*size, extreme=True) for size in sizes]
     return [*fused(shapes, GemmS8), *extreme, GemmS8(13, 70, 3072, "gelu", True, True, extreme=True)]
 
@@ -204,6 +205,10 @@ CASES: list[Case] = [
     *gemm_s8_cases(),
     *(SoftmaxF32(0, 5), SoftmaxF32(40, 128)),
     *(SoftmaxF32(3, n, scale) for n in [1, 2, 7, *around(16, 32), 131, 512] for scale in (1.0, 0.125, 48**-0.5)),
+    *(
+        SoftmaxU8(rows, n)
+        for rows, n in [(0, 5), (40, 128), *((4, n) for n in [*range(1, 71), 127, 128, 129, 512, 1021])]
+    ),
     *(LayerNormF32(0, 5), LayerNormF32(40, 128)),
     *(
         LayerNormF32(3, n, eps, inplace)
@@ -214,14 +219,18 @@ CASES: list[Case] = [
     *(MixF32(3, n, inplace) for n in MIXED for inplace in (False, True)),
     *(QuantizeU8(rows, k) for rows, k in [(0, 5), (40, 128)]),
     *(QuantizeU8(4, k) for k in [*range(71), 127, 128, 129, 312, 384, 768, 1021, 3072]),
+    *(MixQuantizeU8(rows, k) for rows, k in [(0, 48), (41, 384)]),
+    *(MixQuantizeU8(5, k, inplace) for k in MIXED for inplace in (False, True)),
 ]
 SMALL = [
     *(GemmF32(m, n, k, act, True, True) for act in ACTS for m, n, k in [(13, 37, 19), (7, 130, CHAIN + 3)]),
     *(SoftmaxF32(5, n) for n in (1, 16, 37)),
+    *(SoftmaxU8(5, n) for n in (1, 16, 37, 70)),
     *(LayerNormF32(5, n, 1e-5) for n in (1, 16, 37)),
     *(GemmS8(m, n, k, act, True, True) for act in ACTS for m, n, k in [(13, 37, 19), (7, 130, 131)]),
     *(MixF32(5, n) for n in (37, 48, 128, 768)),
     *(QuantizeU8(5, k) for k in (1, 16, 37, 70)),
+    *(MixQuantizeU8(6, k) for k in (37, 48, 128, 768)),
 ]
 
 
@@ -237,6 +246,7 @@ def case_id(case: Case) -> str:
 
 every_case = pytest.mark.parametrize("case", CASES, ids=case_id)
 every_small_case = pytest.mark.parametrize("case", SMALL, ids=case_id)
+every_gemm = pytest.mark.parametrize("op", [GemmF32, GemmS8], ids=lambda op: op.op)
 
 
 # ---- right, wherever the operands lie ----
@@ -299,9 +309,11 @@ ROWWISE = {
     "gemm_f32": ("m", ("a", "residual")),
     "gemm_s8": ("m", ("a", "scale_a", "zero", "residual")),
     "softmax_f32": ("rows", ("x",)),
+    "softmax_u8": ("rows", ("x",)),
     "layernorm_f32": ("rows", ("x",)),
     "mix_f32": ("rows", ("x",)),
     "quantize_u8": ("rows", ("x",)),
+    "mix_quantize_u8": ("rows", ("x",)),
 }
 
 
@@ -318,7 +330,7 @@ def test_rows_do_not_depend_on_the_batch(kernels: KernelSet, case: Case, seed: i
 
 
 @pytest.mark.parametrize("m, n, k", [(1, 161, 40), (13, 161, CHAIN + 3), (5, 768, 64), (3, 40, 0)])
-@pytest.mark.parametrize("op", [GemmF32, GemmS8], ids=lambda op: op.op)
+@every_gemm
 def test_strips_of_columns(kernels: KernelSet, op: type[Linear], m: int, n: int, k: int, seed: int) -> None:
     case = op(m, n, k, "gelu", True, True)
     operands, _ = prepared(case, seed)
@@ -383,9 +395,9 @@ def test_extreme_values(kernels: KernelSet, case: Case, extreme: str, seed: int)
 
 
 # Columns that a NaN anywhere in the row must reach, where that is not all of them: mix_f32 keeps lanes apart (its bits
-# are prescribed), quantize_u8 hands the NaN on in the scale.
+# are prescribed), the quantising ops and softmax_u8 hand the NaN on in the scale.
 ALL = slice(None)
-NAN_REACHES = {"mix_f32": slice(0), "quantize_u8": slice(-1, None)}
+NAN_REACHES = {"mix_f32": slice(0)} | dict.fromkeys(("quantize_u8", "mix_quantize_u8", "softmax_u8"), slice(-1, None))
 
 
 @pytest.mark.parametrize("extreme", EXTREMES)
@@ -409,46 +421,48 @@ def test_extreme_rows_spoil_no_others(kernels: KernelSet, case: Case, extreme: s
 # ---- activations ----
 
 
-def activation(kernels: KernelSet, act: str, x: F32) -> F32:
+def activation(op: type[Linear], kernels: KernelSet, act: str, x: F32) -> F32:
     """act(x) [n], by a GEMM without products whose bias is x."""
-    out = np.empty((1, x.size), np.float32)
-    packed = aligned("packed", np.zeros(kernels.packed_bytes(x.size, 0), np.uint8))
-    kernels.gemm_f32(np.empty((1, 0), np.float32), packed, out, x, act)
-    return out[0]
+    case = op(1, x.size, 0, act, True)
+    return run(kernels, case, case.factors(np.random.default_rng(0)) | {"bias": x})[0]
 
 
+@every_gemm
 @pytest.mark.parametrize("act", ACTS)
-def test_activation_error(act: str, request: pytest.FixtureRequest) -> None:
+def test_activation_error(act: str, op: type[Linear], request: pytest.FixtureRequest) -> None:
     """On 2^22 float32 of every sign and exponent (--exhaustive: on all 2^32): error, NaNs, the same bits everywhere."""
     step, chunk = (1, 2**20) if request.config.getoption("--exhaustive") else (1021, 2**16)
     for begin in range(0, 2**32, chunk * step):
         x = np.arange(begin, min(begin + chunk * step, 2**32), step, np.uint32).view(np.float32)
-        result, *others = (activation(kernels, act, x) for kernels in SUPPORTED)
+        result, *others = (activation(op, kernels, act, x) for kernels in SUPPORTED)
         assert all(bits(other) == bits(result) for other in others), f"{act}: kernel sets differ"
         assert np.isnan(result[np.isnan(x)]).all(), f"{act}: a NaN was lost"
         finite = np.isfinite(x)
         x, result = x[finite], result[finite].astype(np.float64)
         with np.errstate(all="ignore"):
-            truth = ACTIVATIONS[act].exact(x.astype(np.float64))
-            off = ~(np.abs(result - truth) <= ACTIVATIONS[act].bound(x.astype(np.float64)))
+            truth, bound = (
+                op.activations[act].exact(x.astype(np.float64)),
+                op.activations[act].bound(x.astype(np.float64)),
+            )
+            off = ~(np.abs(result - truth) <= bound)
         if off.any():
             at = np.argmax(off)
-            bound = ACTIVATIONS[act].bound(x[at : at + 1].astype(np.float64))[0]
-            pytest.fail(f"{act}({x[at]!r}): expected {truth[at]!r} +- {bound:.3g}, got {result[at]!r}")
+            pytest.fail(f"{act}({x[at]!r}): expected {truth[at]!r} +- {bound[at]:.3g}, got {result[at]!r}")
 
 
+@every_gemm
 @pytest.mark.parametrize("act", ["gelu", "gelu_tanh", "relu", "silu"])
-def test_activation_ends(kernels: KernelSet, act: str) -> None:
+def test_activation_ends(kernels: KernelSet, act: str, op: type[Linear]) -> None:
     """Far above 0 they are x; far below 0 they are 0, but for what exp, held near exp(-88), leaves of it."""
     x = np.array([100, 1e4, 1e10, 1e30, np.finfo(np.float32).max], np.float32)
-    assert np.array_equal(activation(kernels, act, x), x)
-    low = activation(kernels, act, -x)
-    assert (-ACTIVATIONS[act].held <= low).all() and (low <= 0).all(), low
+    assert np.array_equal(activation(op, kernels, act, x), x)
+    low = activation(op, kernels, act, -x)
+    assert (-op.activations[act].held <= low).all() and (low <= 0).all(), low
 
 
 def test_tanh_ends(kernels: KernelSet) -> None:
     x = np.array([10, 100, 1e30, np.finfo(np.float32).max, np.inf], np.float32)
-    assert np.array_equal(activation(kernels, "tanh", np.append(x, -x)), np.sign(np.append(x, -x)))
+    assert np.array_equal(activation(GemmF32, kernels, "tanh", np.append(x, -x)), np.sign(np.append(x, -x)))
 
 
 # ---- softmax ----
@@ -475,7 +489,113 @@ def test_softmax_of_large_scores(kernels: KernelSet, level: float, seed: int) ->
     expect(case, operands).check(run(kernels, case, operands))
 
 
+def softmax_u8(kernels: KernelSet, x: F32) -> tuple[NDArray[np.int64], F32]:
+    """q, all k8(n) columns of it, and scale."""
+    out = run(kernels, SoftmaxU8(*x.shape), {"x": x})
+    return out[:, :-1].astype(np.int64), out[:, -1]
+
+
+@pytest.mark.parametrize("n", [1, 2, 15, 16, 17, 63, 64, 65, 128, 512, 4097, 65536])
+def test_softmax_u8_scale_is_the_sum(kernels: KernelSet, n: int, seed: int) -> None:
+    x = SoftmaxU8(3, n).operands(np.random.default_rng([seed, n]))["x"]
+    x[-1] = 7  # all equal: the largest sum there is
+    q, scale = softmax_u8(kernels, x)
+    assert (q.max(axis=1) == 255).all() and q[-1].sum() == 255 * n
+    assert np.array_equal(scale, np.float32(1) / q.sum(axis=1).astype(np.float32))
+
+
+def test_softmax_u8_error(kernels: KernelSet) -> None:
+    """Of every argument that matters, many at a time; a row's largest element is 0."""
+    x = np.concatenate([[0], np.linspace(-7, 0, 60000)]).astype(np.float32)[None]
+    q, _ = softmax_u8(kernels, x)
+    assert np.abs(q[0, : x.size] - 255 * np.exp(x[0].astype(np.float64))).max() < SoftmaxU8.ROUNDED
+
+
+@pytest.mark.parametrize("n", [1, 16, 37, 70])
+@pytest.mark.parametrize(
+    "values",
+    [[np.nan], [np.inf], [-np.inf], [np.nan, -np.inf], [np.inf, np.nan], [np.inf, 0], [-np.inf, 0], [3e38, -3e38]],
+)
+def test_softmax_u8_of_what_is_not_finite(kernels: KernelSet, values: list[float], n: int) -> None:
+    """NaN where the float32 softmax is, which is wherever the largest element is not finite; then all q are 0."""
+    x = np.resize(np.array(values, np.float32), (1, n))
+    q, scale = softmax_u8(kernels, x)
+    if np.isfinite(x.max()):
+        assert q[0, : len(values)].max() == 255 and np.isfinite(scale[0])
+        assert np.array_equal(q[0, :n], np.where(x[0] == x.max(), 255, 0))
+    else:
+        assert not q.any() and np.isnan(scale[0])
+        assert np.isnan(run(kernels, SoftmaxF32(1, n), {"x": x})).all()
+
+
 # ---- int8 ----
+
+
+def symmetric(w: F32) -> tuple[NDArray[np.int8], F32]:
+    """q and scale_w as pack_f32 of gemm_s8 makes them."""
+    with np.errstate(all="ignore"):
+        bad = ~np.isfinite(w).all(axis=1)
+        scale = np.abs(w).max(axis=1, initial=0) / np.float32(127)
+        scale = np.where(bad, np.float32(np.nan), np.where(scale < np.float32(2.0**-120), np.float32(0), scale))
+        inverse = np.where(scale > 0, np.float32(1) / scale, np.float32(0))
+        exact = np.where(bad[:, None], 0, w.astype(np.float64)) * inverse[:, None]  # 48 bits: exact in float64
+    return np.rint(exact).astype(np.int8), scale
+
+
+@pytest.mark.parametrize("n, k", [*product([1, 15, 16, 17, 37], [0, 1, 2, 15, 16, 17, 33, 64, 65, 255, 256, 257, 700])])
+def test_pack_f32(kernels: KernelSet, n: int, k: int, seed: int) -> None:
+    """The bytes that pack makes of the same integers, whichever way W lies; rows of all sizes, extremes among them."""
+    rng = np.random.default_rng([seed, n, k])
+    w = (rng.standard_normal((n, k)) * 10.0 ** rng.integers(-3, 4, (n, 1))).astype(np.float32)
+    for row, values in enumerate([*EXTREMES.values(), [2.0**-114], [-3.4e38], [2.5 * 2.0**-120, 127 * 2.0**-120]]):
+        if k and row < n - 2:
+            w[row] = spoiled(w[row], values, rng) if len(values) > 2 else np.resize(np.array(values, np.float32), k)
+    q, scale = symmetric(w)
+    assert k == 0 or np.abs(q).max(axis=1)[scale > 0].min(initial=127) == 127
+    expected = aligned("packed", np.full(kernels.packed_bytes_s8(n, k), POISON, np.uint8))
+    kernels.pack_s8(q, scale, expected)
+    wide, transposed = Memory(Layout(gap=19)), Memory(Layout(gap=3, offset=1))
+    guard = Memory(Layout(guard="after") if sys.platform == "linux" else Layout())
+    for form in (
+        w,
+        wide("w", w),
+        guard("w", w),
+        np.ascontiguousarray(w.T).T,
+        transposed("w", np.ascontiguousarray(w.T)).T,
+    ):
+        packed = guard("packed", np.full(expected.size, POISON, np.uint8))
+        kernels.pack_f32_s8(form, packed)
+        assert bits(packed.view(np.uint32)) == bits(expected.view(np.uint32))
+        assert guard.written({}) == []
+
+
+def test_attention_in_integers(kernels: KernelSet, seed: int) -> None:
+    """A head as the engine chains it: what half a step of each operand makes of softmax(q k^T) v."""
+    seq, dim = 70, 32
+    rng = np.random.default_rng([seed, seq])
+    q, k, v = rng.standard_normal((3, seq, dim)).astype(np.float32)
+    keys = aligned("packed", np.zeros(kernels.packed_bytes_s8(seq, dim), np.uint8))
+    values = aligned("packed", np.zeros(kernels.packed_bytes_s8(dim, seq), np.uint8))
+    kernels.pack_f32_s8(k, keys)
+    kernels.pack_f32_s8(v.T, values)
+    copies = run(kernels, QuantizeU8(seq, dim), {"x": q})
+    a, zero, scale = copies[:, :-2].astype(np.uint8), copies[:, -2].astype(np.int32), copies[:, -1].copy()
+    scores, context = np.empty((seq, seq), np.float32), np.empty((seq, dim), np.float32)
+    kernels.gemm_s8(a, dim, scale, zero, keys, scores)
+    probs, scale = np.empty((seq, k8(seq)), np.uint8), np.empty(seq, np.float32)
+    kernels.softmax_u8(scores, probs, scale)
+    kernels.gemm_s8(probs, seq, scale, np.zeros(seq, np.int32), values, context)
+    exact = np.exp(scores.astype(np.float64) - scores.max(axis=1, keepdims=True))
+    # a score is off by what two steps are; a probability by half of one, in it and in the sum; a value by half of one
+    q64, k64, v64 = (x.astype(np.float64) for x in (q, k, v))
+    step_q, step_k = 1.01 * copies[:, -1:], 0.501 * np.abs(k64).max(axis=1) / 127
+    off = step_q * np.abs(k64).sum(axis=1) + np.abs(q64).sum(axis=1)[:, None] * step_k + dim * step_q * step_k
+    assert (np.abs(scores - q64 @ k64.T) <= off).all()
+    total = exact.sum(axis=1, keepdims=True)
+    step_p = SoftmaxU8.ROUNDED / 255 * (1 + seq / total) / total * 1.05
+    bound = step_p * np.abs(v64).sum(axis=0) + 0.501 * np.abs(v64).max(axis=0) / 127 * 1.01 + 1e-6
+    error = np.abs(context - exact / total @ v64)
+    assert (error <= bound).all()
 
 
 @pytest.mark.parametrize("k", [1, 16, 37, 384])

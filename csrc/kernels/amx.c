@@ -1,5 +1,5 @@
-/* amx.c: kernels for x86-64 with AMX-INT8 and AMX-BF16 (Intel Sapphire Rapids 2023 and later; no CPU has one of them
- * alone). gemm_s8, and in gemm_split.inc.h gemm_split; all else is inherited.
+/* amx.c: kernels for x86-64 with AMX-INT8 (Intel Sapphire Rapids 2023 and later): gemm_s8, and where the CPU has AMX-BF16,
+ * too, gemm_split, in gemm_split.inc.h; all else is inherited.
  *
  * A tile register holds 16 rows of 64 bytes. tdpbusd multiplies a tile of A, 16 rows by 64 steps of k, by a tile of W, 16
  * columns by the same steps, and adds to 16x16 int32, exactly. A strip of packed W (gemm_s8.inc.h) is, for every 64 steps
@@ -13,8 +13,10 @@
  * of rows, which divides m as evenly as can be; where it does not divide it, the last block is moved up and some rows are
  * computed twice, to the same bits (at most one row in 32). No row is padding.
  *
- * A block's sums go to memory (L1) and become float32 row by row between the products of the next block, because a
- * product takes 16 cycles and one instruction: the vector units are free meanwhile.
+ * The sums of a block go to memory (L1) with the first products of the next block, and become float32 between its other
+ * ones: a product takes 16 cycles and is one instruction. While tiles are multiplied, 512-bit arithmetic runs at half its
+ * rate (they share port 5), so that an activation, which has more of it than the products take, is better done after them
+ * (1 GELU block of K = 384: 967 cycles instead of 1124; Sapphire Rapids class Xeon, 2026-11).
  */
 #include "../cpu.h"
 #include "../kernels.h"
@@ -29,7 +31,6 @@
 #include "epilogue.inc.h"
 
 #define FB_S8_DEPTH 4
-#define FB_A_SHIFT 0
 #include "gemm_s8.inc.h"
 
 /* From this many rows on, the next strips are fetched while these are worked on; below, it costs more than it gives. */
@@ -54,109 +55,223 @@ static void configure(ptrdiff_t rows, ptrdiff_t upper)
     _tile_loadconfig(&shapes);
 }
 
-/* A block of C on its way. */
+/* A block of C and what goes into it. */
 typedef struct block {
-    fb_s8_tile_args args;
     ptrdiff_t rows, strips;
-    ptrdiff_t wide;                     /* strips of a block that is full: 2 with 2x2 tiles, 4 with 1x4 */
-    ptrdiff_t finished;                 /* rows */
-    _Alignas(64) int32_t sums[32 * 32]; /* [rows][wide * 16] */
+    ptrdiff_t upper; /* rows of the upper tiles where it has 2x2 */
+    ptrdiff_t k;     /* bytes, a multiple of FB_K8 */
+    const uint8_t *a;
+    ptrdiff_t lda;
+    const float *scale_a;
+    const int32_t *zero;
+    const int8_t *strip; /* the first of its strips of W */
+    ptrdiff_t strip_bytes;
+    ptrdiff_t last_columns; /* of its last strip: 1 .. 16 */
+    const float *bias, *residual;
+    ptrdiff_t ldr;
+    float *c;
+    ptrdiff_t ldc;
 } block;
 
-static void finish(block *b, ptrdiff_t rows)
-{
-    const ptrdiff_t end = rows < b->rows - b->finished ? b->finished + rows : b->rows;
-    s8_finish(b->finished, end, b->strips, b->sums, b->wide * 16, &b->args);
-    b->finished = end;
-}
+/* What turns the sums of 16 columns into float32. */
+typedef struct columns {
+    vi sums; /* of W, as pairs of int16: the low seven bits, and the rest */
+    vf scales, bias;
+    __mmask16 used;
+} columns;
 
-/* What is done while tiles are multiplied, a share with every 64 steps of k. */
+/* What is done while the tiles of a block are multiplied, a share with every 64 steps of k: the block before is finished,
+ * packed W is fetched. */
 typedef struct errand {
-    block *before; /* is finished */
-    ptrdiff_t rows_share;
-    const int8_t *ahead, *ahead_end; /* packed W to be fetched into the L2 cache */
-    ptrdiff_t bytes_share;           /* a multiple of 64 */
+    _Alignas(64) int32_t sums[32 * 32]; /* of the block before: [rows][wide * 16] */
+    int32_t minus_zero[32];             /* [rows] -zero and -128 zero as int16 */
+    columns columns[4];
+    block before;
+    fb_act act;
+    void (*finish)(struct errand *e);
+    ptrdiff_t wide;     /* strips of a block that is full: 2 with 2x2 tiles, 4 with 1x4 */
+    ptrdiff_t finished; /* rows of the block before */
+    ptrdiff_t share;    /* calls of finish; what is left is done after the last step */
+    const int8_t *ahead, *ahead_end;
+    ptrdiff_t ahead_share; /* bytes, a multiple of 64 */
 } errand;
 
-static __attribute__((noinline)) void run_errand(errand *e)
+/* b is the block to finish from now on. */
+static void take_over(errand *e, const block *b)
 {
-    finish(e->before, e->rows_share);
-    const int8_t *end = e->bytes_share < e->ahead_end - e->ahead ? e->ahead + e->bytes_share : e->ahead_end;
+    e->before = *b;
+    e->finished = 0;
+    for (ptrdiff_t i = 0; i < b->rows; i++) {
+        const unsigned zero = (unsigned)-b->zero[i];
+        e->minus_zero[i] = (int32_t)(zero << 23 | (zero & 0xffff));
+    }
+    const int8_t *after = b->strip + b->k * 16;
+    for (ptrdiff_t j = 0; j < b->strips; j++, after += b->strip_bytes) {
+        columns *c = &e->columns[j];
+        const vi sums = vi_load((const int32_t *)after), low = _mm512_and_si512(sums, vi_set1(127));
+        c->sums = _mm512_mask_blend_epi16(0xaaaaaaaa, low, _mm512_slli_epi32(sums, 9));
+        c->scales = v_load((const float *)(after + 64));
+        c->used = v_mask(j == b->strips - 1 ? b->last_columns : 16);
+        c->bias = b->bias ? _mm512_maskz_loadu_ps(c->used, b->bias + j * 16) : v_set1(0.0f);
+    }
+    for (ptrdiff_t j = b->strips; j < e->wide; j++)
+        e->columns[j].used = 0;
+}
+
+/* n rows of the block before, all but e constant. Straight code out of registers: tiles wait where the window of
+ * instructions in flight is full, or a branch was mispredicted. C two strips on is fetched into the L2 cache: for wide
+ * layers it is in memory (N = 3072: 38 % of the peak instead of 24). */
+static inline __attribute__((always_inline)) void finish_rows(const fb_act act, const int add, const int wide,
+                                                              const int n, const errand *e)
+{
+    const ptrdiff_t row = e->finished, ldc = e->before.ldc, ldr = e->before.ldr;
+    const int32_t *minus_zero = e->minus_zero + row;
+    const float *scale = e->before.scale_a + row;
+    for (int j = 0; j < wide; j += 2) {
+        const columns l = e->columns[j], r = e->columns[j + 1];
+        const int32_t *sums = e->sums + (row * wide + j) * 16;
+        const float *residual = add ? e->before.residual + row * ldr + j * 16 : NULL;
+        float *out = e->before.c + row * ldc + j * 16;
+        FB_UNROLL
+        for (int i = 0; i < n; i++, sums += wide * 16, out += ldc, residual += add ? ldr : 0) {
+            const vi z = vi_set1(minus_zero[i]);
+            const vi exact_l = _mm512_dpwssd_epi32(vi_load(sums), l.sums, z); /* sums - zero * sums of W */
+            const vi exact_r = _mm512_dpwssd_epi32(vi_load(sums + 16), r.sums, z);
+            vf x = v_act_s8(act, v_fma(vi_to_f32(exact_l), v_mul(v_set1(scale[i]), l.scales), l.bias));
+            vf y = v_act_s8(act, v_fma(vi_to_f32(exact_r), v_mul(v_set1(scale[i]), r.scales), r.bias));
+            if (add) {
+                x = v_add(_mm512_maskz_loadu_ps(l.used, residual), x);
+                y = v_add(_mm512_maskz_loadu_ps(r.used, residual + 16), y);
+            }
+            __builtin_prefetch(out + wide * 16, 1, 2);
+            __builtin_prefetch(out + wide * 16 + 16, 1, 2);
+            _mm512_mask_storeu_ps(out, l.used, x);
+            _mm512_mask_storeu_ps(out + 16, r.used, y);
+        }
+    }
+}
+
+/* The next FEW_ROWS rows, or all that are left where these are fewer. */
+enum { FEW_ROWS = 8 };
+static inline __attribute__((always_inline)) void finish(const fb_act act, const int add, const int wide, errand *e)
+{
+    if (e->before.rows - e->finished >= FEW_ROWS) {
+        finish_rows(act, add, wide, FEW_ROWS, e);
+        e->finished += FEW_ROWS;
+    } else {
+        for (; e->finished < e->before.rows; e->finished++)
+            finish_rows(act, add, wide, 1, e);
+    }
+}
+
+#define FB_FINISH(name, act, add)                                                                                      \
+    static void name##_2(errand *e) { finish(act, add, 2, e); }                                                        \
+    static void name##_4(errand *e) { finish(act, add, 4, e); }
+FB_FINISH(finish_plain, FB_ACT_NONE, 0)
+FB_FINISH(finish_add, FB_ACT_NONE, 1)
+FB_FINISH(finish_gelu, FB_ACT_GELU, 0)
+FB_FINISH(finish_any, e->act, e->before.residual != NULL)
+#undef FB_FINISH
+
+static void (*choose_finish(const fb_epilogue *epilogue, int wide))(errand *e)
+{
+    const int add = epilogue->residual != NULL;
+    if (epilogue->act == FB_ACT_NONE)
+        return add ? (wide == 2 ? finish_add_2 : finish_add_4) : (wide == 2 ? finish_plain_2 : finish_plain_4);
+    if (epilogue->act == FB_ACT_GELU && !add)
+        return wide == 2 ? finish_gelu_2 : finish_gelu_4;
+    return wide == 2 ? finish_any_2 : finish_any_4;
+}
+
+static inline void run_errand(errand *e)
+{
+    for (ptrdiff_t i = 0; i < e->share && e->finished < e->before.rows; i++)
+        e->finish(e);
+    const int8_t *end = e->ahead_share < e->ahead_end - e->ahead ? e->ahead + e->ahead_share : e->ahead_end;
     for (; e->ahead < end; e->ahead += 64)
         __builtin_prefetch(e->ahead, 0, 2);
 }
 
-/* Sums in tiles 0 1 over 2 3, A in 4 over 5, W in 6 7. */
-static __attribute__((noinline)) void multiply_2x2(block *b, ptrdiff_t upper, errand *e)
+/* A tile of sums passes from one block to the next: it is stored, and starts from zero again. tilezero would do, but on
+ * Sapphire Rapids a product on a tile that it emptied waits for all products before it; a tile loaded does not. */
+static const _Alignas(64) int32_t zeros[16];
+#define FB_TURN_OVER(tile, to)                                                                                         \
+    do {                                                                                                               \
+        _tile_stored(tile, to, row_bytes);                                                                             \
+        _tile_loadd(tile, zeros, 0);                                                                                   \
+    } while (0)
+
+/* 64 steps of k. Sums in tiles 0 1 over 2 3, A in 4 over 5, W in 6 7. */
+static inline __attribute__((always_inline)) void multiply_2x2(const int first, const block *b, const uint8_t *a,
+                                                               const int8_t *w, errand *e)
 {
-    const ptrdiff_t lda = b->args.lda, strip_bytes = b->args.strip_bytes, strips = b->strips;
-    const uint8_t *a = b->args.a, *const end = a + b->args.k, *lower = a + upper * lda;
-    const int8_t *w = b->args.strip;
-    for (; a < end; a += FB_K8, lower += FB_K8, w += FB_K8 * 16) {
-        _tile_loadd(4, a, lda);
-        _tile_loadd(6, w, 64);
-        _tile_dpbusd(0, 4, 6);
-        _tile_loadd(5, lower, lda);
-        _tile_dpbusd(2, 5, 6);
-        if (strips > 1) {
-            _tile_loadd(7, w + strip_bytes, 64);
-            _tile_dpbusd(1, 4, 7);
-            _tile_dpbusd(3, 5, 7);
-        }
-        run_errand(e);
-    }
+    const ptrdiff_t lda = b->lda, row_bytes = 2 * 64;
+    int32_t *const lower_sums = e->sums + e->before.upper * 32;
+    _tile_loadd(4, a, lda);
+    _tile_loadd(6, w, 64);
+    if (first)
+        FB_TURN_OVER(0, e->sums);
+    _tile_dpbusd(0, 4, 6);
+    _tile_loadd(5, a + b->upper * lda, lda);
+    if (first)
+        FB_TURN_OVER(2, lower_sums);
+    _tile_dpbusd(2, 5, 6);
+    if (b->strips > 1)
+        _tile_loadd(7, w + b->strip_bytes, 64);
+    if (first)
+        FB_TURN_OVER(1, e->sums + 16);
+    if (b->strips > 1)
+        _tile_dpbusd(1, 4, 7);
+    if (first)
+        FB_TURN_OVER(3, lower_sums + 16);
+    if (b->strips > 1)
+        _tile_dpbusd(3, 5, 7);
 }
 
-/* Sums in tiles 0 1 2 3, A in 4, W in 5 6 7 5. */
-static __attribute__((noinline)) void multiply_1x4(block *b, errand *e)
+/* 64 steps of k. Sums in tiles 0 1 2 3, A in 4, W in 5 6 7 5. */
+static inline __attribute__((always_inline)) void multiply_1x4(const int first, const block *b, const uint8_t *a,
+                                                               const int8_t *w, errand *e)
 {
-    const ptrdiff_t lda = b->args.lda, strip_bytes = b->args.strip_bytes, strips = b->strips;
-    const uint8_t *a = b->args.a, *const end = a + b->args.k;
-    const int8_t *w = b->args.strip;
-    for (; a < end; a += FB_K8, w += FB_K8 * 16) {
-        _tile_loadd(4, a, lda);
-        _tile_loadd(5, w, 64);
-        _tile_dpbusd(0, 4, 5);
-        if (strips > 1) {
-            _tile_loadd(6, w + strip_bytes, 64);
-            _tile_dpbusd(1, 4, 6);
-        }
-        if (strips > 2) {
-            _tile_loadd(7, w + 2 * strip_bytes, 64);
-            _tile_dpbusd(2, 4, 7);
-        }
-        if (strips > 3) {
-            _tile_loadd(5, w + 3 * strip_bytes, 64);
-            _tile_dpbusd(3, 4, 5);
-        }
-        run_errand(e);
-    }
+    const ptrdiff_t strip_bytes = b->strip_bytes, row_bytes = 4 * 64;
+    _tile_loadd(4, a, b->lda);
+    _tile_loadd(5, w, 64);
+    if (first)
+        FB_TURN_OVER(0, e->sums);
+    _tile_dpbusd(0, 4, 5);
+    if (b->strips > 1)
+        _tile_loadd(6, w + strip_bytes, 64);
+    if (first)
+        FB_TURN_OVER(1, e->sums + 16);
+    if (b->strips > 1)
+        _tile_dpbusd(1, 4, 6);
+    if (b->strips > 2)
+        _tile_loadd(7, w + 2 * strip_bytes, 64);
+    if (first)
+        FB_TURN_OVER(2, e->sums + 32);
+    if (b->strips > 2)
+        _tile_dpbusd(2, 4, 7);
+    if (b->strips > 3)
+        _tile_loadd(5, w + 3 * strip_bytes, 64);
+    if (first)
+        FB_TURN_OVER(3, e->sums + 48);
+    if (b->strips > 3)
+        _tile_dpbusd(3, 4, 5);
 }
 
-/* The sums of b, and all of the errand's block finished. */
-static void multiply(block *b, ptrdiff_t upper, errand *e)
+/* The sums of b are made in the tiles, and those of the block before finished. */
+static inline __attribute__((always_inline)) void multiply(const int wide, const block *b, errand *e)
 {
-    const ptrdiff_t steps = b->args.k > 0 ? b->args.k / FB_K8 : 1;
-    e->rows_share = (e->before->rows + steps - 1) / steps;
-    e->bytes_share = ((e->ahead_end - e->ahead) / 64 + steps - 1) / steps * 64;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    int32_t *lower_left;
-    if (b->wide == 2) {
-        multiply_2x2(b, upper, e);
-        lower_left = b->sums + upper * 32;
-    } else {
-        multiply_1x4(b, e);
-        lower_left = b->sums + 32;
+    for (ptrdiff_t p = 0; p < b->k; p += FB_K8) {
+        const uint8_t *a = b->a + p;
+        const int8_t *w = b->strip + p * 16;
+        if (wide == 2)
+            p == 0 ? multiply_2x2(1, b, a, w, e) : multiply_2x2(0, b, a, w, e);
+        else
+            p == 0 ? multiply_1x4(1, b, a, w, e) : multiply_1x4(0, b, a, w, e);
+        run_errand(e);
     }
-    finish(e->before, e->before->rows);
-    const ptrdiff_t row_bytes = b->wide * 64;
-    _tile_stored(0, b->sums, row_bytes);
-    _tile_stored(1, b->sums + 16, row_bytes);
-    _tile_stored(2, lower_left, row_bytes);
-    _tile_stored(3, lower_left + 16, row_bytes);
+    while (e->finished < e->before.rows)
+        e->finish(e);
 }
 
 static void gemm_s8_amx(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const uint8_t *a, ptrdiff_t lda, const float *scale_a,
@@ -166,18 +281,28 @@ static void gemm_s8_amx(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const uint8_t *a,
         return;
     const ptrdiff_t groups = (m + 31) / 32, rows = (m + groups - 1) / groups, upper = (rows + 1) / 2;
     const ptrdiff_t strips = (n + 15) / 16, wide = rows > 16 ? 2 : 4, strip_bytes = s8_strip_bytes(k);
-    block blocks[2], *b = &blocks[0], *before = &blocks[1];
-    b->wide = before->wide = wide;
-    before->rows = before->strips = before->finished = 0;
+    const ptrdiff_t steps = k > 0 ? fb_k8(k) / FB_K8 : 1;
+    errand e;
+    if (k == 0)
+        memset(e.sums, 0, sizeof e.sums);
+    e.before.rows = e.before.upper = e.finished = 0;
+    e.act = epilogue->act;
+    e.finish = choose_finish(epilogue, (int)wide);
+    e.wide = wide;
+    e.share = e.act == FB_ACT_NONE ? ((rows + FEW_ROWS - 1) / FEW_ROWS + steps - 1) / steps : 0;
     configure(rows, upper);
     for (ptrdiff_t s = 0; s < strips; s += wide) {
         const ptrdiff_t left = strips - s, nv = left < wide ? left : wide, column = s * 16;
-        const ptrdiff_t columns = nv == left ? n - column : nv * 16;
-        const int8_t *strip = (const int8_t *)packed + s * strip_bytes, *next = strip + nv * strip_bytes;
-        const ptrdiff_t next_lines = m < AHEAD_ROWS ? 0 : (left - nv < wide ? left - nv : wide) * strip_bytes / 64;
+        const int8_t *strip = (const int8_t *)packed + s * strip_bytes;
+        e.ahead = strip + nv * strip_bytes;
+        e.ahead_end = e.ahead + (m < AHEAD_ROWS ? 0 : (left - nv < wide ? left - nv : wide) * strip_bytes);
+        e.ahead_share = ((e.ahead_end - e.ahead) / 64 + groups * steps - 1) / (groups * steps) * 64;
         for (ptrdiff_t g = 0; g < groups; g++) {
             const ptrdiff_t i = g < groups - 1 ? g * rows : m - rows;
-            b->args = (fb_s8_tile_args){
+            const block b = {
+                .rows = rows,
+                .strips = nv,
+                .upper = upper,
                 .k = fb_k8(k),
                 .a = a + i * lda,
                 .lda = lda,
@@ -185,41 +310,42 @@ static void gemm_s8_amx(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const uint8_t *a,
                 .zero = zero + i,
                 .strip = strip,
                 .strip_bytes = strip_bytes,
+                .last_columns = nv == left ? n - column - (nv - 1) * 16 : 16,
                 .bias = epilogue->bias ? epilogue->bias + column : NULL,
-                .act = epilogue->act,
                 .residual = epilogue->residual ? epilogue->residual + i * epilogue->ldr + column : NULL,
                 .ldr = epilogue->ldr,
-                .last_columns = columns - (nv - 1) * 16,
                 .c = c + i * ldc + column,
                 .ldc = ldc,
             };
-            b->rows = rows;
-            b->strips = nv;
-            b->finished = 0;
-            errand e = {.before = before,
-                        .ahead = next + next_lines * g / groups * 64,
-                        .ahead_end = next + next_lines * (g + 1) / groups * 64};
-            multiply(b, upper, &e);
-            block *const finished = before;
-            before = b;
-            b = finished;
+            if (wide == 2)
+                multiply(2, &b, &e);
+            else
+                multiply(4, &b, &e);
+            take_over(&e, &b);
         }
     }
+    const ptrdiff_t row_bytes = wide * 64;
+    int32_t *const lower_left = e.sums + (wide == 2 ? upper * 32 : 32);
+    _tile_stored(0, e.sums, row_bytes);
+    _tile_stored(1, e.sums + 16, row_bytes);
+    _tile_stored(2, lower_left, row_bytes);
+    _tile_stored(3, lower_left + 16, row_bytes);
     _tile_release(); /* else the OS saves 8 KB of tiles whenever it switches away from this thread */
-    finish(before, before->rows);
+    while (e.finished < rows)
+        e.finish(&e);
 }
+
+static const fb_gemm_s8 gemm_s8 = {"gemm_s8_32x32_amx", s8_packed_bytes_amx, s8_pack_amx, s8_pack_f32_amx, gemm_s8_amx};
 
 #include "gemm_split.inc.h"
 
-static const fb_gemm_split gemm_split = {"gemm_split_32x32_amx", split_packed_bytes, split_pack, gemm_split_amx};
-
-static const fb_gemm_s8 gemm_s8 = {"gemm_s8_32x32_amx", s8_packed_bytes_amx, s8_pack_amx, gemm_s8_amx};
+static const fb_gemm_split gemm_split = {"gemm_split_32x32_amx", FB_CPU_AMXBF16, split_packed_bytes, split_pack, gemm_split_amx};
 #endif
 
 const fb_kernels fb_kernels_amx = {
     .isa = "amx",
-    .needs = FB_CPU_AVX512F | FB_CPU_AVX512BW | FB_CPU_AVX512DQ | FB_CPU_AVX512VL | FB_CPU_FMA | FB_CPU_F16C |
-             FB_CPU_AMXTILE | FB_CPU_AMXINT8 | FB_CPU_AMXBF16,
+    .needs = FB_CPU_AVX512F | FB_CPU_AVX512BW | FB_CPU_AVX512DQ | FB_CPU_AVX512VL | FB_CPU_AVX512VNNI | FB_CPU_FMA |
+             FB_CPU_F16C | FB_CPU_AMXTILE | FB_CPU_AMXINT8,
 #ifdef __x86_64__
     .gemm_s8 = &gemm_s8,
     .gemm_split = &gemm_split,

@@ -34,15 +34,18 @@ static const int fb_s8_strips[FB_S8_MR + 1] = {0, 4, 2, 2, 1, 1, 1};
 
 static const fb_gemm_f32 gemm_f32 = {"gemm_f32_6x16_avx2", packed_bytes_avx2, pack_avx2, gemm_f32_avx2};
 
-static const fb_gemm_s8 gemm_s8 = {"gemm_s8_6x16_avx2", s8_packed_bytes_avx2, s8_pack_avx2, gemm_s8_avx2};
+static const fb_gemm_s8 gemm_s8 = {"gemm_s8_6x16_avx2", s8_packed_bytes_avx2, s8_pack_avx2, s8_pack_f32_avx2,
+                                   gemm_s8_avx2};
 
 const fb_kernels fb_kernels_avx2 = {
     .isa = "avx2",
     .needs = FB_CPU_AVX2 | FB_CPU_FMA | FB_CPU_F16C,
     .gemm_f32 = &gemm_f32,
     .softmax_f32 = softmax_f32_avx2,
+    .softmax_u8 = softmax_u8_avx2,
     .layernorm_f32 = layernorm_f32_avx2,
     .mix_f32 = mix_f32_avx2,
     .quantize_u8 = quantize_u8_avx2,
+    .mix_quantize_u8 = mix_quantize_u8_avx2,
     .gemm_s8 = &gemm_s8,
 };

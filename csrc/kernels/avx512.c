@@ -31,15 +31,18 @@ static const int fb_s8_strips[FB_S8_MR + 1] = {0, 8, 8, 8, 4, 4, 4, 3, 3};
 
 static const fb_gemm_f32 gemm_f32 = {"gemm_f32_8x48_avx512", packed_bytes_avx512, pack_avx512, gemm_f32_avx512};
 
-static const fb_gemm_s8 gemm_s8 = {"gemm_s8_8x48_avx512", s8_packed_bytes_avx512, s8_pack_avx512, gemm_s8_avx512};
+static const fb_gemm_s8 gemm_s8 = {"gemm_s8_8x48_avx512", s8_packed_bytes_avx512, s8_pack_avx512, s8_pack_f32_avx512,
+                                   gemm_s8_avx512};
 
 const fb_kernels fb_kernels_avx512 = {
     .isa = "avx512",
     .needs = FB_CPU_AVX512F | FB_CPU_AVX512BW | FB_CPU_AVX512DQ | FB_CPU_AVX512VL | FB_CPU_FMA | FB_CPU_F16C,
     .gemm_f32 = &gemm_f32,
     .softmax_f32 = softmax_f32_avx512,
+    .softmax_u8 = softmax_u8_avx512,
     .layernorm_f32 = layernorm_f32_avx512,
     .mix_f32 = mix_f32_avx512,
     .quantize_u8 = quantize_u8_avx512,
+    .mix_quantize_u8 = mix_quantize_u8_avx512,
     .gemm_s8 = &gemm_s8,
 };

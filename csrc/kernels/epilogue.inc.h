@@ -1,4 +1,5 @@
-/* epilogue.inc.h: the ends of a GEMM tile that all types share. Included after activations.inc.h. */
+/* epilogue.inc.h: what the GEMMs of all types share: how a strip of W is read, and the ends of a tile. Included after
+ * activations.inc.h. */
 
 static inline vf load_columns(const float *p, ptrdiff_t columns)
 {
@@ -12,16 +13,20 @@ static inline void store_columns(float *p, vf x, ptrdiff_t columns)
         v_store_n(p, x, columns);
 }
 
-/* C = residual + act(C) for a finished tile of m rows and n columns, while it is in the L1 cache. */
-static void activate(fb_act act, ptrdiff_t m, ptrdiff_t n, const float *residual, ptrdiff_t ldr, float *c,
-                     ptrdiff_t ldc)
+/* `columns` rows of W, element [j][p] at w[j * stride_n + p * stride_k], as k steps of 16 floats; absent columns are 0. */
+static void strip_of(ptrdiff_t columns, ptrdiff_t k, const float *w, ptrdiff_t stride_n, ptrdiff_t stride_k, float *out)
 {
-    for (ptrdiff_t i = 0; i < m; i++)
-        for (ptrdiff_t j = 0; j < n; j += 16) {
-            const ptrdiff_t columns = n - j < 16 ? n - j : 16;
-            vf x = v_act(act, load_columns(c + i * ldc + j, columns));
-            if (residual)
-                x = v_add(load_columns(residual + i * ldr + j, columns), x);
-            store_columns(c + i * ldc + j, x, columns);
-        }
+    ptrdiff_t p = 0;
+    if (stride_n == 1)
+        for (; p < k; p++, out += 16)
+            v_store(out, load_columns(w + p * stride_k, columns));
+    for (; p < k; p += 16) {
+        const ptrdiff_t depth = k - p < 16 ? k - p : 16;
+        vf r[16];
+        for (ptrdiff_t i = 0; i < 16; i++)
+            r[i] = i < columns ? load_columns(w + i * stride_n + p, depth) : v_set1(0.0f);
+        v_transpose(r);
+        for (ptrdiff_t i = 0; i < depth; i++, out += 16)
+            v_store(out, r[i]);
+    }
 }

@@ -112,6 +112,20 @@ static inline __attribute__((always_inline)) void finish(const int mr, const int
         store_columns(c + i * ldc + j * 16, acc[i][j], j == nv - 1 ? last_columns : 16);
 }
 
+/* C = residual + act(C) for a finished tile of m rows and n columns, while it is in the L1 cache. */
+static void activate(fb_act act, ptrdiff_t m, ptrdiff_t n, const float *residual, ptrdiff_t ldr, float *c,
+                     ptrdiff_t ldc)
+{
+    for (ptrdiff_t i = 0; i < m; i++)
+        for (ptrdiff_t j = 0; j < n; j += 16) {
+            const ptrdiff_t columns = n - j < 16 ? n - j : 16;
+            vf x = v_act(act, load_columns(c + i * ldc + j, columns));
+            if (residual)
+                x = v_add(load_columns(residual + i * ldr + j, columns), x);
+            store_columns(c + i * ldc + j, x, columns);
+        }
+}
+
 /* mr rows by nv strips over one panel. mr and nv are constants at each call, so acc stays in registers; between two chains
  * the sum waits in memory, aligned. */
 static inline __attribute__((always_inline)) void fb_tile_any(const int mr, const int nv, const fb_tile_args *t)
@@ -171,26 +185,8 @@ static void FB_ISA_NAME(pack)(ptrdiff_t n, ptrdiff_t k, const float *w, ptrdiff_
                               void *packed)
 {
     float *out = packed;
-    for (ptrdiff_t j = 0; j < n; j += 16, w += 16 * stride_n) {
-        const ptrdiff_t width = n - j < 16 ? n - j : 16;
-        ptrdiff_t p = 0;
-        if (stride_n == 1) {
-            for (; p < k; p++, out += 16)
-                v_store(out, width == 16 ? v_load(w + p * stride_k) : v_load_n(w + p * stride_k, width, 0.0f));
-            continue;
-        }
-        for (; p < k; p += 16) {
-            const ptrdiff_t depth = k - p < 16 ? k - p : 16;
-            vf r[16];
-            for (ptrdiff_t i = 0; i < 16; i++)
-                r[i] = i >= width    ? v_set1(0.0f)
-                       : depth == 16 ? v_load(w + i * stride_n + p)
-                                     : v_load_n(w + i * stride_n + p, depth, 0.0f);
-            v_transpose(r);
-            for (ptrdiff_t i = 0; i < depth; i++, out += 16)
-                v_store(out, r[i]);
-        }
-    }
+    for (ptrdiff_t j = 0; j < n; j += 16, w += 16 * stride_n, out += k * 16)
+        strip_of(n - j < 16 ? n - j : 16, k, w, stride_n, stride_k, out);
 }
 
 static void FB_ISA_NAME(gemm_f32)(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const float *a, ptrdiff_t lda,

@@ -9,7 +9,7 @@
  *                                          FB_S8_DEPTH 4, of two int16 with FB_S8_DEPTH 2
  * or
  *   FB_S8_SUMS                             a function like s8_sums below.
- * A file with a GEMM of its own (amx.c) defines FB_A_SHIFT and FB_S8_DEPTH alone, and gets the packing and s8_finish.
+ * A file with a GEMM of its own (amx.c) defines FB_S8_DEPTH alone, and gets the packing.
  *
  * Packed W: strips of 16 columns of C. A strip is, for every FB_S8_DEPTH steps of k, so many bytes of each column in turn;
  * then the sums of its columns, int32 [16]; then their scales, float32 [16]. With a depth of 4, which is one zmm, two ymm,
@@ -20,8 +20,10 @@
  */
 #include "unroll.h"
 
+#ifdef FB_S8_TILES
+
 typedef struct fb_s8_tile_args {
-    ptrdiff_t k;      /* bytes, a multiple of FB_K8 */
+    ptrdiff_t k;      /* bytes, a multiple of 32 */
     const uint8_t *a; /* [mr][k], rows lda bytes apart */
     ptrdiff_t lda;
     const float *scale_a;  /* [mr] */
@@ -37,15 +39,12 @@ typedef struct fb_s8_tile_args {
     ptrdiff_t ldc;
 } fb_s8_tile_args;
 
-/* Rows begin .. end - 1 of a tile from exact sums [mr][nv * 16], rows lds apart, to float32, one strip after the other. One
- * function for all tiles: their code stays small. The activation is a second pass over the tile, in the L1 cache, so that
- * the first has few branches. */
-static __attribute__((noinline)) void s8_finish(ptrdiff_t begin, ptrdiff_t end, ptrdiff_t nv, const int32_t *sums,
-                                                ptrdiff_t lds, const fb_s8_tile_args *t)
+static inline __attribute__((always_inline)) void s8_finish_as(const fb_act act, ptrdiff_t begin, ptrdiff_t end,
+                                                               ptrdiff_t nv, const int32_t *sums, ptrdiff_t lds,
+                                                               const fb_s8_tile_args *t)
 {
-    const float *residual = t->act == FB_ACT_NONE ? t->residual : NULL;
     for (ptrdiff_t j = 0; j < nv; j++) {
-        const int8_t *after = t->strip + j * t->strip_bytes + t->k * 16;
+        const int8_t *after = t->strip + (j + 1) * t->strip_bytes - 128;
         const vi w_sums = vi_load((const int32_t *)after);
         const vf w_scales = v_load((const float *)(after + 64));
         const ptrdiff_t columns = j == nv - 1 ? t->last_columns : 16;
@@ -54,15 +53,30 @@ static __attribute__((noinline)) void s8_finish(ptrdiff_t begin, ptrdiff_t end, 
             const vi shift = vi_mul(w_sums, vi_set1(t->zero[i] - FB_A_SHIFT));
             const vi exact = vi_sub(vi_load(sums + i * lds + j * 16), shift);
             vf x = v_fma(vi_to_f32(exact), v_mul(v_set1(t->scale_a[i]), w_scales), bias);
-            if (residual)
-                x = v_add(load_columns(residual + i * t->ldr + j * 16, columns), x);
+            x = v_act_s8(act, x);
+            if (t->residual)
+                x = v_add(load_columns(t->residual + i * t->ldr + j * 16, columns), x);
             store_columns(t->c + i * t->ldc + j * 16, x, columns);
         }
     }
-    if (t->act != FB_ACT_NONE)
-        activate(t->act, end - begin, (nv - 1) * 16 + t->last_columns,
-                 t->residual ? t->residual + begin * t->ldr : NULL, t->ldr, t->c + begin * t->ldc, t->ldc);
 }
+
+/* Rows begin .. end - 1 of a tile from exact sums [mr][nv * 16], rows lds apart, to float32, one strip after the other. One
+ * function for all tiles: their code stays small. */
+static __attribute__((noinline)) void s8_finish(ptrdiff_t begin, ptrdiff_t end, ptrdiff_t nv, const int32_t *sums,
+                                                ptrdiff_t lds, const fb_s8_tile_args *t)
+{
+    switch (t->act) { /* a loop of its own for each activation: no branch in it, and constants in registers */
+    case FB_ACT_NONE: s8_finish_as(FB_ACT_NONE, begin, end, nv, sums, lds, t); break;
+    case FB_ACT_GELU: s8_finish_as(FB_ACT_GELU, begin, end, nv, sums, lds, t); break;
+    case FB_ACT_GELU_TANH: s8_finish_as(FB_ACT_GELU_TANH, begin, end, nv, sums, lds, t); break;
+    case FB_ACT_RELU: s8_finish_as(FB_ACT_RELU, begin, end, nv, sums, lds, t); break;
+    case FB_ACT_SILU: s8_finish_as(FB_ACT_SILU, begin, end, nv, sums, lds, t); break;
+    case FB_ACT_TANH: s8_finish_as(FB_ACT_TANH, begin, end, nv, sums, lds, t); break;
+    }
+}
+
+#endif
 
 static inline ptrdiff_t s8_strip_bytes(ptrdiff_t k) { return fb_k8(k) * 16 + 128; }
 
@@ -92,6 +106,96 @@ static void FB_ISA_NAME(s8_pack)(ptrdiff_t n, ptrdiff_t k, const int8_t *w, ptrd
             sums[j] = sum;
             scales[j] = scale_w[s + j];
         }
+    }
+}
+
+/* Sixteen steps of k, four of a column in each lane of w[0 .. 3], to their place in a strip. */
+static inline void s8_emit(int8_t *out, const vi w[4])
+{
+#if FB_S8_DEPTH == 2
+    for (int i = 0; i < 4; i++)
+        vi_store_halves(out + 64 * i, w[i]);
+#elif FB_S8_DEPTH == 4
+    for (int i = 0; i < 4; i++)
+        vi_store((int32_t *)out + 16 * i, w[i]);
+#else
+    vi_store_zipped(out, w, FB_S8_DEPTH / 4);
+#endif
+}
+
+/* Adding 1.5 * 2^23 rounds to an integer, which the low bits then hold. Of 16 steps of 16 columns [16][16] four neighbours
+ * become one int32: bits are added up, shifted by 8 for each step; adding 128 to each byte and taking it off again by xor
+ * keeps a negative one from borrowing from the next. Sums of columns are kept with those bits, modulo 2^32. */
+static const uint32_t s8_round_bits = 0x4b400000u;
+static inline vi s8_quantize(int8_t *out, const float *x, vf inverse, vi sums)
+{
+    vi w[4];
+    FB_UNROLL
+    for (int i = 0; i < 4; i++) {
+        vi q[4];
+        FB_UNROLL
+        for (int p = 0; p < 4; p++)
+            q[p] = v_bits(v_fma(v_load(x + (4 * i + p) * 16), inverse, v_set1(12582912.0f)));
+        sums = vi_add(sums, vi_add(vi_add(q[0], q[1]), vi_add(q[2], q[3])));
+        const vi low = vi_add(q[0], vi_shl(q[1], 8)), high = vi_add(vi_shl(q[2], 16), vi_shl(q[3], 24));
+        const int32_t bias = (int32_t)(0x80808080u - (s8_round_bits + (s8_round_bits << 8)));
+        w[i] = vi_xor(vi_add(vi_add(low, high), vi_set1(bias)), vi_set1((int32_t)0x80808080u));
+    }
+    s8_emit(out, w);
+    return sums;
+}
+
+/* Columns whose scale is NaN: no bits of what was not finite remain. */
+static __attribute__((noinline)) void s8_clear_bad(ptrdiff_t k, int8_t *out, int32_t *sums, const float *scales)
+{
+    for (int j = 0; j < 16; j++)
+        if (scales[j] != scales[j]) {
+            for (ptrdiff_t p = 0; p < fb_k8(k); p += FB_S8_DEPTH)
+                memset(out + p * 16 + j * FB_S8_DEPTH, 0, FB_S8_DEPTH);
+            sums[j] = 0;
+        }
+}
+
+/* Steps of a strip that are held as floats at once: 16 KB. */
+enum { S8_HELD = 256 };
+
+static void FB_ISA_NAME(s8_pack_f32)(ptrdiff_t n, ptrdiff_t k, const float *w, ptrdiff_t stride_n, ptrdiff_t stride_k,
+                                     void *packed)
+{
+    const vf zero = v_set1(0.0f), least = v_set1(0x1p-120f);
+    _Alignas(64) float held[S8_HELD * 16];
+    int8_t *out = packed;
+    for (ptrdiff_t j = 0; j < n; j += 16, w += 16 * stride_n, out += s8_strip_bytes(k)) {
+        const ptrdiff_t columns = n - j < 16 ? n - j : 16;
+        vf most = zero, bad = zero;
+        for (ptrdiff_t p = 0; p < k; p += S8_HELD) {
+            const ptrdiff_t steps = k - p < S8_HELD ? k - p : S8_HELD;
+            strip_of(columns, steps, w + p * stride_k, stride_n, stride_k, held);
+            for (ptrdiff_t i = 0; i < steps; i++) {
+                const vf x = v_load(held + i * 16);
+                most = v_max(v_abs(x), most);
+                bad = v_fma(x, zero, bad); /* NaN where x is not finite */
+            }
+        }
+        const vf step = v_add(v_div(most, v_set1(127.0f)), bad);
+        const vf inverse = v_ifgt(least, step, zero, v_div(v_set1(1.0f), step));
+        vi sums = vi_set1(0);
+        for (ptrdiff_t p = 0; p < k; p += S8_HELD) {
+            const ptrdiff_t steps = k - p < S8_HELD ? k - p : S8_HELD;
+            if (k > S8_HELD)
+                strip_of(columns, steps, w + p * stride_k, stride_n, stride_k, held);
+            for (ptrdiff_t i = steps; i % 16 != 0; i++)
+                v_store(held + i * 16, zero);
+            for (ptrdiff_t i = 0; i < steps; i += 16)
+                sums = s8_quantize(out + (p + i) * 16, held + i * 16, inverse, sums);
+        }
+        const ptrdiff_t added = (k + 15) / 16 * 16;
+        int32_t *after = (int32_t *)(out + fb_k8(k) * 16);
+        memset(out + added * 16, 0, (size_t)(fb_k8(k) - added) * 16);
+        vi_store(after, vi_sub(sums, vi_set1((int32_t)((uint32_t)added * s8_round_bits))));
+        v_store((float *)(after + 16), v_ifgt(least, step, zero, step));
+        if (!(v_sum(bad) == 0.0f))
+            s8_clear_bad(k, out, after, (const float *)(after + 16));
     }
 }
 
@@ -220,7 +324,7 @@ static void FB_ISA_NAME(gemm_s8)(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const ui
         for (ptrdiff_t h = 0; h < row_groups; h++) {
             const ptrdiff_t i = m * h / row_groups, mr = m * (h + 1) / row_groups - i;
             const float *residual = epilogue->residual ? epilogue->residual + i * epilogue->ldr + column : NULL;
-            const fb_s8_tile_args t = {.k = fb_k8(k),
+            const fb_s8_tile_args t = {.k = (k + 31) / 32 * 32,
                                        .a = a + i * lda,
                                        .lda = lda,
                                        .scale_a = scale_a + i,

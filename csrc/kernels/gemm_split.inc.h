@@ -93,179 +93,252 @@ static void split_rows(ptrdiff_t m, ptrdiff_t k, const float *a, ptrdiff_t lda, 
         }
 }
 
-/* A block of C on its way. */
+/* A block of C on its way: the sums of a panel of k. */
 typedef struct split_block {
     ptrdiff_t rows, strips, last_columns;
-    ptrdiff_t wide;              /* strips of a block that is full: 2 with 2x2 tiles, 4 with 1x4 */
-    ptrdiff_t finished;          /* rows */
-    int first_panel, last_panel; /* C is written, not added to; and completed */
-    fb_act act;
+    ptrdiff_t done;  /* rows at the top that are those of the block above */
+    ptrdiff_t upper; /* rows of the upper tiles where it has 2x2 */
+    int first_panel; /* C is written, not added to */
+    int last_panel;  /* and completed */
+    const char *a, *w;
+    ptrdiff_t strip_bytes, steps;
     const float *bias, *residual;
     ptrdiff_t ldr;
     float *c;
     ptrdiff_t ldc;
-    _Alignas(64) float sums[32 * 32]; /* [rows][wide * 16] */
 } split_block;
 
-/* The next rows of C, at most so many. */
-static __attribute__((noinline)) void split_finish(split_block *b, ptrdiff_t rows)
+/* What is done while the tiles of a block are multiplied: the block before is added to C, packed W is fetched. */
+typedef struct split_errand {
+    _Alignas(64) float sums[32 * 32]; /* of the block before: [rows][wide * 16] */
+    vf bias[4];
+    __mmask16 used[4], added[4]; /* columns of C; those that hold the panels so far */
+    split_block before;
+    fb_act act;
+    void (*finish)(struct split_errand *e), (*finish_last)(struct split_errand *e);
+    ptrdiff_t wide;     /* strips of a block that is full: 2 with 2x2 tiles, 4 with 1x4 */
+    ptrdiff_t finished; /* rows of the block before */
+    ptrdiff_t share;    /* calls of finish with every step */
+    ptrdiff_t ahead;    /* bytes from a strip to the one to be fetched into the L2 cache meanwhile; 0: none */
+} split_errand;
+
+/* n rows of the block before, all but e constant; straight code, see finish_rows. */
+static inline __attribute__((always_inline)) void split_finish_rows(const fb_act act, const int add, const int wide,
+                                                                    const int n, const split_errand *e)
 {
-    const ptrdiff_t begin = b->finished, end = rows < b->rows - begin ? begin + rows : b->rows;
-    const int acts = b->last_panel && b->act != FB_ACT_NONE;
-    const float *bias = b->last_panel ? b->bias : NULL, *residual = b->last_panel && !acts ? b->residual : NULL;
-    b->finished = end;
-    for (ptrdiff_t i = begin; i < end; i++)
-        for (ptrdiff_t j = 0; j < b->strips; j++) {
-            const ptrdiff_t columns = j == b->strips - 1 ? b->last_columns : 16;
-            float *c = b->c + i * b->ldc + j * 16;
-            vf x = v_load(b->sums + (i * b->wide + j) * 16);
-            if (!b->first_panel)
-                x = v_add(load_columns(c, columns), x);
-            if (bias)
-                x = v_add(x, load_columns(bias + j * 16, columns));
-            if (residual)
-                x = v_add(load_columns(residual + i * b->ldr + j * 16, columns), x);
-            store_columns(c, x, columns);
+    const ptrdiff_t row = e->finished, ldc = e->before.ldc, ldr = e->before.ldr;
+    for (int j = 0; j < wide; j += 2) {
+        const __mmask16 used_l = e->used[j], used_r = e->used[j + 1];
+        const __mmask16 added_l = e->added[j], added_r = e->added[j + 1];
+        const vf bias_l = e->bias[j], bias_r = e->bias[j + 1];
+        const float *sums = e->sums + (row * wide + j) * 16;
+        const float *residual = add ? e->before.residual + row * ldr + j * 16 : NULL;
+        float *out = e->before.c + row * ldc + j * 16;
+        FB_UNROLL
+        for (int i = 0; i < n; i++, sums += wide * 16, out += ldc, residual += add ? ldr : 0) {
+            const vf sum_l = v_add(_mm512_maskz_loadu_ps(added_l, out), v_load(sums));
+            const vf sum_r = v_add(_mm512_maskz_loadu_ps(added_r, out + 16), v_load(sums + 16));
+            vf x = v_act(act, v_add(sum_l, bias_l)), y = v_act(act, v_add(sum_r, bias_r));
+            if (add) {
+                x = v_add(_mm512_maskz_loadu_ps(used_l, residual), x);
+                y = v_add(_mm512_maskz_loadu_ps(used_r, residual + 16), y);
+            }
+            __builtin_prefetch(out + wide * 16, 1, 2);
+            __builtin_prefetch(out + wide * 16 + 16, 1, 2);
+            _mm512_mask_storeu_ps(out, used_l, x);
+            _mm512_mask_storeu_ps(out + 16, used_r, y);
         }
-    if (acts && begin < end)
-        activate(b->act, end - begin, (b->strips - 1) * 16 + b->last_columns,
-                 b->residual ? b->residual + begin * b->ldr : NULL, b->ldr, b->c + begin * b->ldc, b->ldc);
+    }
 }
 
-/* What is multiplied: rows of a split panel by strips. */
-typedef struct split_factors {
-    const char *a, *w; /* first row, first strip */
-    ptrdiff_t upper;   /* rows of the upper tiles, of two */
-    ptrdiff_t strip_bytes, strips, steps;
-    ptrdiff_t ahead;     /* bytes from a strip to the one to be fetched into the L2 cache meanwhile; 0: none */
-    split_block *before; /* is finished meanwhile, */
-    ptrdiff_t share;     /* so many rows at a time */
-} split_factors;
-
-/* Sums in tiles 0 1 over 2 3, A in 4 over 5, W in 6 7; the second strip is the first again where there is but one. Small
- * products first. Each changes one operand of the product before. */
-static __attribute__((noinline)) void split_2x2(const split_factors *f)
+/* The next SPLIT_FEW_ROWS rows, or all that are left where these are fewer. */
+enum { SPLIT_FEW_ROWS = 4 };
+static inline __attribute__((always_inline)) void split_finish(const fb_act act, const int add, const int wide,
+                                                               split_errand *e)
 {
-    const char *const w = f->w, *const w1 = w + (f->strips > 1 ? f->strip_bytes : 0);
-    const char *const a = f->a, *const lower = a + f->upper * SPLIT_LDA;
-    for (ptrdiff_t s = 0; s < f->steps; s++) {
-        const char *upper_parts = a + s * (SPLIT_PARTS * 64), *lower_parts = lower + s * (SPLIT_PARTS * 64);
-        const char *parts = w + s * (SPLIT_PARTS * SPLIT_TILE), *parts1 = w1 + s * (SPLIT_PARTS * SPLIT_TILE);
-        if (f->ahead)
-            for (ptrdiff_t line = 0; line < SPLIT_PARTS * SPLIT_TILE; line += 64) {
-                __builtin_prefetch(parts + line + f->ahead, 0, 2);
-                __builtin_prefetch(parts1 + line + f->ahead, 0, 2);
-            }
-        _tile_loadd(4, upper_parts, SPLIT_LDA);
-        _tile_loadd(6, parts + 2 * SPLIT_TILE, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, parts1 + 2 * SPLIT_TILE, 64);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, lower_parts, SPLIT_LDA);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-        _tile_loadd(6, parts + SPLIT_TILE, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_loadd(7, parts1 + SPLIT_TILE, 64);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(3, 5, 7);
-        _tile_loadd(4, upper_parts + 64, SPLIT_LDA);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, lower_parts + 64, SPLIT_LDA);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-        _tile_loadd(6, parts, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_loadd(7, parts1, 64);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(3, 5, 7);
-        _tile_loadd(4, upper_parts + 128, SPLIT_LDA);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, lower_parts + 128, SPLIT_LDA);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-        split_finish(f->before, f->share);
+    if (e->before.rows - e->finished >= SPLIT_FEW_ROWS) {
+        split_finish_rows(act, add, wide, SPLIT_FEW_ROWS, e);
+        e->finished += SPLIT_FEW_ROWS;
+    } else {
+        for (; e->finished < e->before.rows; e->finished++)
+            split_finish_rows(act, add, wide, 1, e);
     }
-    for (ptrdiff_t s = 0; s < f->steps; s++) {
-        _tile_loadd(4, a + s * (SPLIT_PARTS * 64), SPLIT_LDA);
-        _tile_loadd(6, w + s * (SPLIT_PARTS * SPLIT_TILE), 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, w1 + s * (SPLIT_PARTS * SPLIT_TILE), 64);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, lower + s * (SPLIT_PARTS * 64), SPLIT_LDA);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
+}
+
+#define FB_FINISH(name, act, add)                                                                                      \
+    static void name##_2(split_errand *e) { split_finish(act, add, 2, e); }                                            \
+    static void name##_4(split_errand *e) { split_finish(act, add, 4, e); }
+FB_FINISH(split_plain, FB_ACT_NONE, 0)
+FB_FINISH(split_add, FB_ACT_NONE, 1)
+FB_FINISH(split_gelu, FB_ACT_GELU, 0)
+FB_FINISH(split_any, e->act, e->before.residual != NULL)
+#undef FB_FINISH
+
+static void (*split_choose_finish(const fb_epilogue *epilogue, ptrdiff_t wide))(split_errand *e)
+{
+    const int add = epilogue->residual != NULL;
+    if (epilogue->act == FB_ACT_NONE)
+        return add ? (wide == 2 ? split_add_2 : split_add_4) : (wide == 2 ? split_plain_2 : split_plain_4);
+    if (epilogue->act == FB_ACT_GELU && !add)
+        return wide == 2 ? split_gelu_2 : split_gelu_4;
+    return wide == 2 ? split_any_2 : split_any_4;
+}
+
+/* b is the block to finish from now on. */
+static void split_take_over(split_errand *e, const split_block *b)
+{
+    e->before = *b;
+    e->finished = b->done;
+    e->finish = b->last_panel ? e->finish_last : e->wide == 2 ? split_plain_2 : split_plain_4;
+    for (ptrdiff_t j = 0; j < e->wide; j++) {
+        e->used[j] = j < b->strips ? v_mask(j == b->strips - 1 ? b->last_columns : 16) : 0;
+        e->added[j] = b->first_panel ? 0 : e->used[j];
+        e->bias[j] = b->last_panel && b->bias ? _mm512_maskz_loadu_ps(e->used[j], b->bias + j * 16) : v_set1(0.0f);
     }
+}
+
+static inline void split_run_errand(split_errand *e)
+{
+    for (ptrdiff_t i = 0; i < e->share && e->finished < e->before.rows; i++)
+        e->finish(e);
+}
+
+/* 32 steps of k, all products but that of the first parts, small ones first. Sums in tiles 0 1 over 2 3, A in 4 over 5, W
+ * in 6 7; the second strip is the first again where there is but one. */
+static inline __attribute__((always_inline)) void split_small_2x2(const int first, const split_block *b, const char *a,
+                                                                  const char *w, split_errand *e)
+{
+    const ptrdiff_t row_bytes = 2 * 64;
+    float *const lower_sums = e->sums + e->before.upper * 32;
+    const char *const lower = a + b->upper * SPLIT_LDA, *const w1 = w + (b->strips > 1 ? b->strip_bytes : 0);
+    if (e->ahead)
+        for (ptrdiff_t line = 0; line < SPLIT_PARTS * SPLIT_TILE; line += 64) {
+            __builtin_prefetch(w + line + e->ahead, 0, 2);
+            __builtin_prefetch(w1 + line + e->ahead, 0, 2);
+        }
+    _tile_loadd(4, a, SPLIT_LDA);
+    _tile_loadd(6, w + 2 * SPLIT_TILE, 64);
+    if (first)
+        FB_TURN_OVER(0, e->sums);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, w1 + 2 * SPLIT_TILE, 64);
+    if (first)
+        FB_TURN_OVER(1, e->sums + 16);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(5, lower, SPLIT_LDA);
+    if (first)
+        FB_TURN_OVER(2, lower_sums);
+    _tile_dpbf16ps(2, 5, 6);
+    if (first)
+        FB_TURN_OVER(3, lower_sums + 16);
+    _tile_dpbf16ps(3, 5, 7);
+    _tile_loadd(6, w + SPLIT_TILE, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, w1 + SPLIT_TILE, 64);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+    _tile_loadd(4, a + 64, SPLIT_LDA);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(5, lower + 64, SPLIT_LDA);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+    _tile_loadd(6, w, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, w1, 64);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+    _tile_loadd(4, a + 128, SPLIT_LDA);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(5, lower + 128, SPLIT_LDA);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+}
+
+/* The product of the first parts. */
+static inline __attribute__((always_inline)) void split_large_2x2(const split_block *b, const char *a, const char *w)
+{
+    _tile_loadd(4, a, SPLIT_LDA);
+    _tile_loadd(6, w, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, w + (b->strips > 1 ? b->strip_bytes : 0), 64);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(5, a + b->upper * SPLIT_LDA, SPLIT_LDA);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
 }
 
 /* Products of the rows in tile 4 by one part of up to four strips; sums in 0 1 2 3, W in 5 6 7 5. */
-static inline __attribute__((always_inline)) void split_row(const char *w, const split_factors *f)
+static inline __attribute__((always_inline)) void split_row(const int first, const split_block *b, const char *w,
+                                                            split_errand *e)
 {
+    const ptrdiff_t strip_bytes = b->strip_bytes, row_bytes = 4 * 64;
     _tile_loadd(5, w, 64);
+    if (first)
+        FB_TURN_OVER(0, e->sums);
     _tile_dpbf16ps(0, 4, 5);
-    if (f->strips > 1) {
-        _tile_loadd(6, w + f->strip_bytes, 64);
+    if (b->strips > 1)
+        _tile_loadd(6, w + strip_bytes, 64);
+    if (first)
+        FB_TURN_OVER(1, e->sums + 16);
+    if (b->strips > 1)
         _tile_dpbf16ps(1, 4, 6);
-    }
-    if (f->strips > 2) {
-        _tile_loadd(7, w + 2 * f->strip_bytes, 64);
+    if (b->strips > 2)
+        _tile_loadd(7, w + 2 * strip_bytes, 64);
+    if (first)
+        FB_TURN_OVER(2, e->sums + 32);
+    if (b->strips > 2)
         _tile_dpbf16ps(2, 4, 7);
-    }
-    if (f->strips > 3) {
-        _tile_loadd(5, w + 3 * f->strip_bytes, 64);
+    if (b->strips > 3)
+        _tile_loadd(5, w + 3 * strip_bytes, 64);
+    if (first)
+        FB_TURN_OVER(3, e->sums + 48);
+    if (b->strips > 3)
         _tile_dpbf16ps(3, 4, 5);
-    }
 }
 
-static __attribute__((noinline)) void split_1x4(const split_factors *f)
+/* As split_small_2x2. */
+static inline __attribute__((always_inline)) void split_small_1x4(const int first, const split_block *b, const char *a,
+                                                                  const char *w, split_errand *e)
 {
-    for (ptrdiff_t s = 0; s < f->steps; s++) {
-        const char *a = f->a + s * (SPLIT_PARTS * 64), *w = f->w + s * (SPLIT_PARTS * SPLIT_TILE);
-        for (ptrdiff_t j = 0; j < f->strips; j++)
-            for (ptrdiff_t line = 0; line < SPLIT_PARTS * SPLIT_TILE; line += 64)
-                __builtin_prefetch(w + j * f->strip_bytes + line + f->ahead, 0, 2);
-        _tile_loadd(4, a, SPLIT_LDA);
-        split_row(w + 2 * SPLIT_TILE, f);
-        split_row(w + SPLIT_TILE, f);
-        _tile_loadd(4, a + 64, SPLIT_LDA);
-        split_row(w + SPLIT_TILE, f);
-        split_row(w, f);
-        _tile_loadd(4, a + 128, SPLIT_LDA);
-        split_row(w, f);
-        split_finish(f->before, f->share);
-    }
-    for (ptrdiff_t s = 0; s < f->steps; s++) {
-        _tile_loadd(4, f->a + s * (SPLIT_PARTS * 64), SPLIT_LDA);
-        split_row(f->w + s * (SPLIT_PARTS * SPLIT_TILE), f);
-    }
+    for (ptrdiff_t j = 0; j < b->strips; j++)
+        for (ptrdiff_t line = 0; line < SPLIT_PARTS * SPLIT_TILE; line += 64)
+            __builtin_prefetch(w + j * b->strip_bytes + line + e->ahead, 0, 2);
+    _tile_loadd(4, a, SPLIT_LDA);
+    split_row(first, b, w + 2 * SPLIT_TILE, e);
+    split_row(0, b, w + SPLIT_TILE, e);
+    _tile_loadd(4, a + 64, SPLIT_LDA);
+    split_row(0, b, w + SPLIT_TILE, e);
+    split_row(0, b, w, e);
+    _tile_loadd(4, a + 128, SPLIT_LDA);
+    split_row(0, b, w, e);
 }
 
-/* The sums of b, and the block before it finished. */
-static void split_multiply(split_block *b, split_factors *f)
+/* The sums of b are made in the tiles, and those of the block before finished. */
+static inline __attribute__((always_inline)) void split_multiply(const int wide, const split_block *b, split_errand *e)
 {
-    const ptrdiff_t steps = f->steps > 0 ? f->steps : 1, row_bytes = b->wide * 64;
-    f->share = (f->before->rows - f->before->finished + steps - 1) / steps;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    float *lower_left;
-    if (b->wide == 2) {
-        split_2x2(f);
-        lower_left = b->sums + f->upper * 32;
-    } else {
-        split_1x4(f);
-        lower_left = b->sums + 32;
+    const char *a = b->a, *w = b->w;
+    for (ptrdiff_t s = 0; s < b->steps; s++, a += SPLIT_PARTS * 64, w += SPLIT_PARTS * SPLIT_TILE) {
+        if (wide == 2)
+            s == 0 ? split_small_2x2(1, b, a, w, e) : split_small_2x2(0, b, a, w, e);
+        else
+            s == 0 ? split_small_1x4(1, b, a, w, e) : split_small_1x4(0, b, a, w, e);
+        split_run_errand(e);
     }
-    split_finish(f->before, f->before->rows);
-    _tile_stored(0, b->sums, row_bytes);
-    _tile_stored(1, b->sums + 16, row_bytes);
-    _tile_stored(2, lower_left, row_bytes);
-    _tile_stored(3, lower_left + 16, row_bytes);
+    while (e->finished < e->before.rows)
+        e->finish(e);
+    a = b->a;
+    w = b->w;
+    for (ptrdiff_t s = 0; s < b->steps; s++, a += SPLIT_PARTS * 64, w += SPLIT_PARTS * SPLIT_TILE)
+        if (wide == 2) {
+            split_large_2x2(b, a, w);
+        } else {
+            _tile_loadd(4, a, SPLIT_LDA);
+            split_row(0, b, w, e);
+        }
 }
 
 /* As gemm_split, for up to SPLIT_ROWS rows. */
@@ -274,51 +347,63 @@ static void split_few_rows(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const float *a
 {
     const ptrdiff_t groups = (m + 31) / 32, rows = (m + groups - 1) / groups, upper = (rows + 1) / 2;
     const ptrdiff_t strips = (n + 15) / 16, wide = rows > 16 ? 2 : 4, strip_bytes = split_strip_bytes(k);
-    split_block blocks[2], *b = &blocks[0], *before = &blocks[1];
-    b->wide = before->wide = wide;
-    before->rows = before->finished = 0;
+    split_errand e;
+    if (k == 0)
+        memset(e.sums, 0, sizeof e.sums);
+    e.before.rows = e.before.upper = e.finished = 0;
+    e.act = epilogue->act;
+    e.finish_last = split_choose_finish(epilogue, wide);
+    e.wide = wide;
     configure(rows, upper);
     ptrdiff_t p = 0, depth;
     do { /* once where k is 0 */
         depth = k - p < FB_SPLIT_PANEL ? k - p : FB_SPLIT_PANEL;
         split_rows(m, depth, a + p, lda, scratch);
+        const ptrdiff_t steps = (depth + SPLIT_STEP - 1) / SPLIT_STEP;
+        e.share = steps ? ((rows + SPLIT_FEW_ROWS - 1) / SPLIT_FEW_ROWS + steps - 1) / steps : 0;
         for (ptrdiff_t s = 0; s < strips; s += wide) {
             const ptrdiff_t column = s * 16, nv = strips - s < wide ? strips - s : wide;
             for (ptrdiff_t g = 0; g < groups; g++) {
                 const ptrdiff_t i = g < groups - 1 ? g * rows : m - rows;
-                b->rows = rows;
-                b->finished = g * rows - i; /* the rows of the last block that belong to the one above */
-                b->strips = nv;
-                b->last_columns = s + nv < strips ? 16 : n - (strips - 1) * 16;
-                b->first_panel = p == 0;
-                b->last_panel = p + depth == k;
-                b->act = epilogue->act;
-                b->bias = epilogue->bias ? epilogue->bias + column : NULL;
-                b->residual = epilogue->residual ? epilogue->residual + i * epilogue->ldr + column : NULL;
-                b->ldr = epilogue->ldr;
-                b->c = c + i * ldc + column;
-                b->ldc = ldc;
-                split_factors f = {.a = scratch + i * SPLIT_LDA,
-                                   .w = packed + s * strip_bytes + p / SPLIT_STEP * (SPLIT_PARTS * SPLIT_TILE),
-                                   .upper = upper,
-                                   .strip_bytes = strip_bytes,
-                                   .strips = nv,
-                                   .steps = (depth + SPLIT_STEP - 1) / SPLIT_STEP,
-                                   .ahead = g > 0 ? 0
-                                            : s + wide < strips
-                                                ? wide * strip_bytes
-                                                : SPLIT_STEPS * SPLIT_PARTS * SPLIT_TILE - s * strip_bytes,
-                                   .before = before};
-                split_multiply(b, &f);
-                split_block *const finished = before;
-                before = b;
-                b = finished;
+                const split_block b = {
+                    .rows = rows,
+                    .strips = nv,
+                    .last_columns = s + nv < strips ? 16 : n - (strips - 1) * 16,
+                    .done = g * rows - i,
+                    .upper = upper,
+                    .first_panel = p == 0,
+                    .last_panel = p + depth == k,
+                    .a = scratch + i * SPLIT_LDA,
+                    .w = packed + s * strip_bytes + p / SPLIT_STEP * (SPLIT_PARTS * SPLIT_TILE),
+                    .strip_bytes = strip_bytes,
+                    .steps = steps,
+                    .bias = epilogue->bias ? epilogue->bias + column : NULL,
+                    .residual = epilogue->residual ? epilogue->residual + i * epilogue->ldr + column : NULL,
+                    .ldr = epilogue->ldr,
+                    .c = c + i * ldc + column,
+                    .ldc = ldc,
+                };
+                e.ahead = g > 0              ? 0
+                          : s + wide < strips ? wide * strip_bytes
+                                              : SPLIT_STEPS * SPLIT_PARTS * SPLIT_TILE - s * strip_bytes;
+                if (wide == 2)
+                    split_multiply(2, &b, &e);
+                else
+                    split_multiply(4, &b, &e);
+                split_take_over(&e, &b);
             }
         }
         p += depth;
     } while (p < k);
+    const ptrdiff_t row_bytes = wide * 64;
+    float *const lower_left = e.sums + (wide == 2 ? upper * 32 : 32);
+    _tile_stored(0, e.sums, row_bytes);
+    _tile_stored(1, e.sums + 16, row_bytes);
+    _tile_stored(2, lower_left, row_bytes);
+    _tile_stored(3, lower_left + 16, row_bytes);
     _tile_release(); /* see gemm_s8_amx */
-    split_finish(before, before->rows);
+    while (e.finished < rows)
+        e.finish(&e);
 }
 
 static void gemm_split_amx(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const float *a, ptrdiff_t lda, const void *packed,

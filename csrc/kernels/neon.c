@@ -74,15 +74,18 @@ static const int fb_s8_strips[FB_S8_MR + 1] = {0, 1, 1, 1, 1};
 
 static const fb_gemm_f32 gemm_f32 = {"gemm_f32_5x16_neon", packed_bytes_neon, pack_neon, gemm_f32_neon};
 
-static const fb_gemm_s8 gemm_s8 = {"gemm_s8_4x16_neon", s8_packed_bytes_neon, s8_pack_neon, gemm_s8_neon};
+static const fb_gemm_s8 gemm_s8 = {"gemm_s8_4x16_neon", s8_packed_bytes_neon, s8_pack_neon, s8_pack_f32_neon,
+                                   gemm_s8_neon};
 
 const fb_kernels fb_kernels_neon = {
     .isa = "neon",
     .needs = FB_CPU_NEON,
     .gemm_f32 = &gemm_f32,
     .softmax_f32 = softmax_f32_neon,
+    .softmax_u8 = softmax_u8_neon,
     .layernorm_f32 = layernorm_f32_neon,
     .mix_f32 = mix_f32_neon,
     .quantize_u8 = quantize_u8_neon,
+    .mix_quantize_u8 = mix_quantize_u8_neon,
     .gemm_s8 = &gemm_s8,
 };

@@ -1,4 +1,5 @@
-/* rows.inc.h: the row operations, written once over the 16-lane vector of simd_*.h: softmax, LayerNorm, mixing, quantising.
+/* rows.inc.h: the row operations, written once over the 16-lane vector of simd_*.h: softmax, also in bytes, LayerNorm, mixing,
+ * quantising.
  *
  * A kernel file includes its simd_*.h and activations.inc.h, defines FB_ISA_NAME(op), and includes this file.
  */
@@ -30,6 +31,42 @@ static void FB_ISA_NAME(softmax_f32)(ptrdiff_t rows, ptrdiff_t n, float scale, f
             v_store(x + j, v_mul(v_load(x + j), inverse));
         if (tail)
             v_store_n(x + body, v_mul(v_load_n(x + body, tail, 0.0f), inverse), tail);
+    }
+}
+
+/* The lanes' sums start at 1.5 * 2^23, where neighbouring float32 are 1 apart: adding e to one rounds e, and what the bits
+ * of the sum grow by is q. */
+static void FB_ISA_NAME(softmax_u8)(ptrdiff_t rows, ptrdiff_t n, const float *x, ptrdiff_t ldx, uint8_t *q,
+                                    ptrdiff_t ldq, float *scale)
+{
+    const ptrdiff_t body = n - n % 16, tail = n - body;
+    const vf start = v_set1(12582912.0f);
+    for (ptrdiff_t i = 0; i < rows; i++, x += ldx, q += ldq) {
+        vf largest = v_set1(-INFINITY);
+        for (ptrdiff_t j = 0; j < body; j += 16)
+            largest = v_max(largest, v_load(x + j));
+        if (tail)
+            largest = v_max(largest, v_load_n(x + body, tail, -INFINITY));
+        const vf most = v_set1(v_largest(largest));
+        vf sum = start;
+        for (ptrdiff_t j = 0; j < n; j += FB_K8) {
+            vi bytes[FB_K8 / 16];
+            FB_UNROLL
+            for (ptrdiff_t at = 0; at < FB_K8; at += 16) {
+                bytes[at / 16] = vi_set1(0);
+                if (j + at >= n)
+                    continue;
+                const vf v = j + at < body ? v_load(x + j + at) : v_load_n(x + body, tail, -INFINITY);
+                const vf before = sum;
+                sum = v_add(sum, v_exp_255(v_sub(v, most)));
+                bytes[at / 16] = vi_sub(v_bits(sum), v_bits(before));
+            }
+            vi_to_u8x64(q + j, bytes);
+        }
+        const float total = v_sum(v_sub(sum, start)); /* whole numbers below 2^24: exact */
+        if (!(total > 0.0f))
+            memset(q, 0, (size_t)fb_k8(n));
+        scale[i] = 1.0f / total;
     }
 }
 
@@ -83,92 +120,177 @@ static inline __attribute__((always_inline)) void butterfly(vf *r, const int n)
         }
 }
 
-/* y[i] = butterfly of x[i] for n vectors `stride` floats apart; `fold`: of their octets, the halves of a vector first. */
-static inline __attribute__((always_inline)) void mix_some(const int n, const int fold, const float *x, float *y,
-                                                           ptrdiff_t stride)
+/* What quantising needs to know of a row, lane by lane. */
+typedef struct {
+    vf high, low; /* at least 0, at most 0 */
+    vf bad;       /* NaN where an element was not finite, else 0 */
+} extremes;
+
+static inline extremes nothing_seen(void) { return (extremes){v_set1(0.0f), v_set1(0.0f), v_set1(0.0f)}; }
+static inline void see(extremes *e, vf v)
 {
-    vf r[8];
-    FB_UNROLL
-    for (int i = 0; i < n; i++)
-        r[i] = fold ? v_fold(v_load(x + i * stride)) : v_load(x + i * stride);
-    butterfly(r, n);
-    FB_UNROLL
-    for (int i = 0; i < n; i++)
-        v_store(y + i * stride, r[i]);
+    e->high = v_max(v, e->high);
+    e->low = v_min(v, e->low);
+    e->bad = v_fma(v, v_set1(0.0f), e->bad);
 }
 
-static inline __attribute__((always_inline)) void mix_by(ptrdiff_t radix, const int fold, const float *x, float *y,
-                                                         ptrdiff_t stride)
+/* One of the two passes over a row of n: butterflies of `radix` vectors `stride` floats apart; `fold`: of their octets, the
+ * halves of a vector first. The last pass reflects, where it is of 3 runs, and sees what it writes. */
+static inline __attribute__((always_inline)) void mix_pass(const int radix, const int fold, const int runs,
+                                                           const int last, ptrdiff_t n, ptrdiff_t run, ptrdiff_t stride,
+                                                           const float *x, float *y, extremes *seen)
 {
-    switch (radix) {
-    case 1: mix_some(1, fold, x, y, stride); break;
-    case 2: mix_some(2, fold, x, y, stride); break;
-    case 4: mix_some(4, fold, x, y, stride); break;
-    default: mix_some(8, fold, x, y, stride); break;
+    extremes e = *seen;
+    for (ptrdiff_t j = 0; j < n; j += runs * run)
+        for (ptrdiff_t at = j; at < j + stride; at += 16) {
+            vf r[3][8];
+            FB_UNROLL
+            for (int t = 0; t < runs; t++) {
+                FB_UNROLL
+                for (int i = 0; i < radix; i++) {
+                    const vf v = v_load(x + at + t * run + i * stride);
+                    r[t][i] = fold ? v_fold(v) : v;
+                }
+                butterfly(r[t], radix);
+            }
+            FB_UNROLL
+            for (int i = 0; runs == 3 && i < radix; i++) {
+                const vf m = v_mul(v_add(v_add(r[0][i], r[1][i]), r[2][i]), v_set1(2.0f / 3.0f));
+                FB_UNROLL
+                for (int t = 0; t < 3; t++)
+                    r[t][i] = v_sub(r[t][i], m);
+            }
+            FB_UNROLL
+            for (int t = 0; t < runs; t++)
+                FB_UNROLL
+            for (int i = 0; i < radix; i++) {
+                v_store(y + at + t * run + i * stride, r[t][i]);
+                if (last)
+                    see(&e, r[t][i]);
+            }
+        }
+    *seen = e;
+}
+
+/* y = M x for one row, and what was seen in y. A butterfly of up to 64 vectors is two of up to 8: neighbours first, then
+ * vectors 8 apart. */
+static inline __attribute__((always_inline)) void mix_row(ptrdiff_t n, const float *x, float *y, extremes *seen)
+{
+    const ptrdiff_t run = (ptrdiff_t)fb_mix_gain(n) * 8, vectors = run / 16, near = 8 * 16;
+    const ptrdiff_t reflected = vectors > 0 && n % (3 * run) == 0 ? 10 : 0;
+    if (vectors > 8)
+        mix_pass(8, 1, 1, 0, n, near, 16, x, y, seen);
+    switch (vectors + reflected) {
+    case 0:
+        for (ptrdiff_t j = 0; j < n; j += 16) {
+            const ptrdiff_t lanes = n - j < 16 ? n - j : 16;
+            const vf v = lanes == 16 ? v_load(x + j) : v_load_n(x + j, lanes, 0.0f);
+            see(seen, v);
+            if (lanes == 16)
+                v_store(y + j, v);
+            else
+                v_store_n(y + j, v, lanes);
+        }
+        break;
+    case 1: mix_pass(1, 1, 1, 1, n, run, 16, x, y, seen); break;
+    case 2: mix_pass(2, 1, 1, 1, n, run, 16, x, y, seen); break;
+    case 4: mix_pass(4, 1, 1, 1, n, run, 16, x, y, seen); break;
+    case 8: mix_pass(8, 1, 1, 1, n, run, 16, x, y, seen); break;
+    case 16: mix_pass(2, 0, 1, 1, n, run, near, y, y, seen); break;
+    case 32: mix_pass(4, 0, 1, 1, n, run, near, y, y, seen); break;
+    case 64: mix_pass(8, 0, 1, 1, n, run, near, y, y, seen); break;
+    case 10 + 1: mix_pass(1, 1, 3, 1, n, run, 16, x, y, seen); break;
+    case 10 + 2: mix_pass(2, 1, 3, 1, n, run, 16, x, y, seen); break;
+    case 10 + 4: mix_pass(4, 1, 3, 1, n, run, 16, x, y, seen); break;
+    case 10 + 8: mix_pass(8, 1, 3, 1, n, run, 16, x, y, seen); break;
+    case 10 + 16: mix_pass(2, 0, 3, 1, n, run, near, y, y, seen); break;
+    case 10 + 32: mix_pass(4, 0, 3, 1, n, run, near, y, y, seen); break;
+    case 10 + 64: mix_pass(8, 0, 3, 1, n, run, near, y, y, seen); break;
     }
 }
 
-/* A butterfly of up to 64 vectors is two of up to 8: neighbours first, then vectors 8 apart. */
 static void FB_ISA_NAME(mix_f32)(ptrdiff_t rows, ptrdiff_t n, const float *x, ptrdiff_t ldx, float *y, ptrdiff_t ldy)
 {
-    const ptrdiff_t run = (ptrdiff_t)fb_mix_gain(n) * 8, vectors = run / 16, inner = vectors < 8 ? vectors : 8;
-    const int threes = n % (3 * run) == 0;
-    for (ptrdiff_t i = 0; i < rows; i++, x += ldx, y += ldy) {
-        if (vectors == 0) {
-            for (ptrdiff_t j = 0; j < n; j++)
-                y[j] = x[j];
-            continue;
-        }
-        for (ptrdiff_t j = 0; j < n; j += inner * 16)
-            mix_by(inner, 1, x + j, y + j, 16);
-        for (ptrdiff_t j = 0; vectors > inner && j < n; j += run)
-            for (ptrdiff_t at = 0; at < inner * 16; at += 16)
-                mix_by(vectors / inner, 0, y + j + at, y + j + at, inner * 16);
-        for (ptrdiff_t j = 0; threes && j < n; j += 3 * run)
-            for (float *p = y + j; p < y + j + run; p += 16) {
-                const vf a = v_load(p), b = v_load(p + run), c = v_load(p + 2 * run);
-                const vf m = v_mul(v_add(v_add(a, b), c), v_set1(2.0f / 3.0f));
-                v_store(p, v_sub(a, m));
-                v_store(p + run, v_sub(b, m));
-                v_store(p + 2 * run, v_sub(c, m));
-            }
-    }
+    extremes seen = nothing_seen();
+    for (ptrdiff_t i = 0; i < rows; i++)
+        mix_row(n, x + i * ldx, y + i * ldy, &seen);
 }
 
-/* ROWS_AT_ONCE rows in step: what becomes of one row while the reductions of another are on their way. */
-enum { ROWS_AT_ONCE = 4 };
+static void see_row(ptrdiff_t k, const float *x, extremes *seen)
+{
+    const ptrdiff_t body = k - k % 16;
+    extremes e = *seen;
+    for (ptrdiff_t j = 0; j < body; j += 16)
+        see(&e, v_load(x + j));
+    if (body < k)
+        see(&e, v_load_n(x + body, k - body, 0.0f));
+    *seen = e;
+}
+
+static void quantize_row(ptrdiff_t k, const float *x, float inverse, int32_t zero, uint8_t *q)
+{
+    const vf vinverse = v_set1(inverse);
+    ptrdiff_t j = 0;
+    for (; j + 64 <= k; j += 64) {
+        vf v[4];
+        FB_UNROLL
+        for (int i = 0; i < 4; i++)
+            v[i] = v_mul(v_load(x + j + i * 16), vinverse);
+        v_to_u8x4(q + j, v, zero);
+    }
+    for (; j < k; j += 16) {
+        const ptrdiff_t lanes = k - j < 16 ? k - j : 16;
+        const vf v = lanes == 16 ? v_load(x + j) : v_load_n(x + j, lanes, 0.0f);
+        v_to_u8(q + j, v_mul(v, vinverse), vi_set1(zero), lanes);
+    }
+    for (j = k; j < fb_k8(k); j++)
+        q[j] = 0;
+}
+
+/* Rows in step, one for each lane of what is computed from their extremes: divisions take long, and are awaited once. */
+enum { ROWS_AT_ONCE = 16 };
+
+/* y is quantised: M x where it is not x. */
+static inline __attribute__((always_inline)) void quantize(const int mixed, ptrdiff_t rows, ptrdiff_t k, const float *x,
+                                                           ptrdiff_t ldx, float *y, ptrdiff_t ldy, uint8_t *q,
+                                                           ptrdiff_t ldq, float *scale, int32_t *zero)
+{
+    for (ptrdiff_t at = 0; at < rows; at += ROWS_AT_ONCE) {
+        const ptrdiff_t count = rows - at < ROWS_AT_ONCE ? rows - at : ROWS_AT_ONCE;
+        float hi[16] = {0}, minus_lo[16] = {0}, nan[16] = {0}, inverse[16];
+        for (ptrdiff_t i = 0; i < count; i++) {
+            extremes e = nothing_seen();
+            if (mixed)
+                mix_row(k, x + (at + i) * ldx, y + (at + i) * ldy, &e);
+            else
+                see_row(k, x + (at + i) * ldx, &e);
+            v_largest2(e.high, v_sub(v_set1(0.0f), e.low), hi + i, minus_lo + i);
+            nan[i] = v_any_nan(e.bad) ? NAN : 0.0f;
+        }
+        const vf none = v_set1(0.0f), most = v_set1(255.0f), magic = v_set1(12582912.0f),
+                 below = v_set1(0x1.fffffep-121f);
+        const vf vnan = v_load(nan);
+        const vf step = v_add(v_add(v_div(v_load(hi), most), v_div(v_load(minus_lo), most)), vnan);
+        const vf vinverse = v_ifgt(step, below, v_div(v_set1(1.0f), step), none);
+        v_store_n(scale + at, v_add(v_ifgt(step, below, step, none), vnan), count);
+        v_store(inverse, vinverse);
+        v_store(hi, v_ifgt(step, below, v_sub(v_add(v_mul(v_load(minus_lo), vinverse), magic), magic), none));
+        for (ptrdiff_t i = 0; i < count; i++) {
+            zero[at + i] = (int32_t)hi[i];
+            quantize_row(k, mixed ? y + (at + i) * ldy : x + (at + i) * ldx, inverse[i], zero[at + i],
+                         q + (at + i) * ldq);
+        }
+    }
+}
 
 static void FB_ISA_NAME(quantize_u8)(ptrdiff_t rows, ptrdiff_t k, const float *x, ptrdiff_t ldx, uint8_t *q,
                                      ptrdiff_t ldq, float *scale, int32_t *zero)
 {
-    const ptrdiff_t body = k - k % 16, tail = k - body;
-    for (ptrdiff_t at = 0; at < rows; at += ROWS_AT_ONCE) {
-        const ptrdiff_t end = rows - at < ROWS_AT_ONCE ? rows : at + ROWS_AT_ONCE;
-        float inverse[ROWS_AT_ONCE];
-        for (ptrdiff_t i = at; i < end; i++) {
-            vf high = v_set1(0.0f), low = high, bad = high;
-            for (ptrdiff_t j = 0; j < k; j += 16) {
-                const vf v = j < body ? v_load(x + i * ldx + j) : v_load_n(x + i * ldx + j, tail, 0.0f);
-                high = v_max(v, high);
-                low = v_min(v, low);
-                bad = v_fma(v, v_set1(0.0f), bad); /* NaN where v is not finite */
-            }
-            const float hi = v_largest(high), minus_lo = v_largest(v_sub(v_set1(0.0f), low)), nan = v_sum(bad);
-            const float step = hi / 255.0f + minus_lo / 255.0f;
-            const int used = step >= 0x1p-120f && nan == 0.0f;
-            inverse[i - at] = used ? 1.0f / step : 0.0f;
-            scale[i] = (used ? step : 0.0f) + nan;
-            zero[i] = used ? (int32_t)lrintf(minus_lo * inverse[i - at]) : 0;
-        }
-        for (ptrdiff_t i = at; i < end; i++) {
-            const vf vinverse = v_set1(inverse[i - at]);
-            const vi vzero = vi_set1(zero[i]);
-            for (ptrdiff_t j = 0; j < k; j += 16) {
-                const vf v = j < body ? v_load(x + i * ldx + j) : v_load_n(x + i * ldx + j, tail, 0.0f);
-                v_to_u8(q + i * ldq + j, v_mul(v, vinverse), vzero, j < body ? 16 : tail);
-            }
-            for (ptrdiff_t j = k; j < fb_k8(k); j++)
-                q[i * ldq + j] = 0;
-        }
-    }
+    quantize(0, rows, k, x, ldx, NULL, 0, q, ldq, scale, zero);
+}
+
+static void FB_ISA_NAME(mix_quantize_u8)(ptrdiff_t rows, ptrdiff_t k, const float *x, ptrdiff_t ldx, float *y,
+                                         ptrdiff_t ldy, uint8_t *q, ptrdiff_t ldq, float *scale, int32_t *zero)
+{
+    quantize(1, rows, k, x, ldx, y, ldy, q, ldq, scale, zero);
 }

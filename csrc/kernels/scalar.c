@@ -31,15 +31,18 @@ static const int fb_s8_strips[FB_S8_MR + 1] = {0, 1, 1};
 
 static const fb_gemm_f32 gemm_f32 = {"gemm_f32_2x16_scalar", packed_bytes_scalar, pack_scalar, gemm_f32_scalar};
 
-static const fb_gemm_s8 gemm_s8 = {"gemm_s8_2x16_scalar", s8_packed_bytes_scalar, s8_pack_scalar, gemm_s8_scalar};
+static const fb_gemm_s8 gemm_s8 = {"gemm_s8_2x16_scalar", s8_packed_bytes_scalar, s8_pack_scalar, s8_pack_f32_scalar,
+                                   gemm_s8_scalar};
 
 const fb_kernels fb_kernels_scalar = {
     .isa = "scalar",
     .needs = 0,
     .gemm_f32 = &gemm_f32,
     .softmax_f32 = softmax_f32_scalar,
+    .softmax_u8 = softmax_u8_scalar,
     .layernorm_f32 = layernorm_f32_scalar,
     .mix_f32 = mix_f32_scalar,
     .quantize_u8 = quantize_u8_scalar,
+    .mix_quantize_u8 = mix_quantize_u8_scalar,
     .gemm_s8 = &gemm_s8,
 };

@@ -48,6 +48,10 @@ static inline vf v_fma(vf a, vf b, vf c)
 {
     return FB_BOTH(_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi));
 }
+static inline vf v_fnma(vf a, vf b, vf c)
+{
+    return FB_BOTH(_mm256_fnmadd_ps(a.lo, b.lo, c.lo), _mm256_fnmadd_ps(a.hi, b.hi, c.hi));
+}
 static inline vf v_copysign(vf a, vf b)
 {
     const __m256 sign = _mm256_set1_ps(-0.0f);
@@ -85,6 +89,17 @@ static inline float v_largest(vf a)
     const __m128 x2 = _mm_max_ps(x4, _mm_movehl_ps(x4, x4));
     return _mm_cvtss_f32(_mm_max_ss(x2, _mm_shuffle_ps(x2, x2, 1)));
 }
+static inline void v_largest2(vf a, vf b, float *largest_a, float *largest_b)
+{
+    const __m256 a8 = _mm256_max_ps(a.lo, a.hi), b8 = _mm256_max_ps(b.lo, b.hi);
+    const __m256 x4 =
+        _mm256_max_ps(_mm256_permute2f128_ps(a8, b8, 0x20), _mm256_permute2f128_ps(a8, b8, 0x31)); /* a | b */
+    const __m256 x2 = _mm256_max_ps(x4, _mm256_shuffle_ps(x4, x4, 0x4e));
+    const __m256 x1 = _mm256_max_ps(x2, _mm256_shuffle_ps(x2, x2, 0xb1));
+    *largest_a = _mm256_cvtss_f32(x1);
+    *largest_b = _mm_cvtss_f32(_mm256_extractf128_ps(x1, 1));
+}
+static inline int v_any_nan(vf a) { return _mm256_movemask_ps(_mm256_cmp_ps(a.lo, a.hi, _CMP_UNORD_Q)) != 0; }
 /* One 8x8 quarter: rows r0..r7, three rounds of shuffles (pairs, quads, halves). */
 static inline void v_transpose8(__m256 r[8])
 {
@@ -152,6 +167,17 @@ static inline void v_to_u8(uint8_t *p, vf a, vi zero, ptrdiff_t n)
         memcpy(p, all, (size_t)n);
     }
 }
+static inline void v_to_u8x4(uint8_t *p, const vf a[4], int32_t zero)
+{
+    const __m256i z = _mm256_set1_epi16((int16_t)zero), order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    FB_UNROLL
+    for (int i = 0; i < 4; i += 2) {
+        const __m256i lo = _mm256_packs_epi32(_mm256_cvtps_epi32(a[i].lo), _mm256_cvtps_epi32(a[i].hi));
+        const __m256i hi = _mm256_packs_epi32(_mm256_cvtps_epi32(a[i + 1].lo), _mm256_cvtps_epi32(a[i + 1].hi));
+        const __m256i bytes = _mm256_packus_epi16(_mm256_adds_epi16(lo, z), _mm256_adds_epi16(hi, z));
+        _mm256_storeu_si256((__m256i *)(p + 16 * i), _mm256_permutevar8x32_epi32(bytes, order));
+    }
+}
 static inline vi vi_set1(int32_t x) { return FB_BOTH_I(_mm256_set1_epi32(x), _mm256_set1_epi32(x)); }
 static inline vi vi_load(const int32_t *p)
 {
@@ -178,6 +204,29 @@ static inline vi vi_widen_s8(const int8_t *p)
 {
     const __m128i *from = (const __m128i *)p;
     return FB_BOTH_I(_mm256_cvtepi8_epi16(_mm_loadu_si128(from)), _mm256_cvtepi8_epi16(_mm_loadu_si128(from + 1)));
+}
+static inline vi v_bits(vf a) { return FB_BOTH_I(_mm256_castps_si256(a.lo), _mm256_castps_si256(a.hi)); }
+static inline vi vi_add(vi a, vi b) { return FB_BOTH_I(_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)); }
+static inline vi vi_shl(vi a, int n) { return FB_BOTH_I(_mm256_slli_epi32(a.lo, n), _mm256_slli_epi32(a.hi, n)); }
+static inline vi vi_xor(vi a, vi b) { return FB_BOTH_I(_mm256_xor_si256(a.lo, b.lo), _mm256_xor_si256(a.hi, b.hi)); }
+static inline void vi_to_u8x64(uint8_t *p, const vi q[4])
+{
+    /* the packs work within 128 bits: quarter i of a q[j] ends up as 32-bit element (i & 1) * 4 + (j & 1) * 2 + i / 2 */
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    FB_UNROLL
+    for (int j = 0; j < 4; j += 2) {
+        const __m256i words = _mm256_packs_epi32(q[j].lo, q[j].hi);
+        const __m256i bytes = _mm256_packus_epi16(words, _mm256_packs_epi32(q[j + 1].lo, q[j + 1].hi));
+        _mm256_storeu_si256((__m256i *)(p + 16 * j), _mm256_permutevar8x32_epi32(bytes, order));
+    }
+}
+static inline void vi_store_halves(int8_t *p, vi a)
+{
+    const __m256i low = _mm256_set1_epi32(0xffff);
+    const __m256i l = _mm256_packus_epi32(_mm256_and_si256(a.lo, low), _mm256_and_si256(a.hi, low));
+    const __m256i h = _mm256_packus_epi32(_mm256_srli_epi32(a.lo, 16), _mm256_srli_epi32(a.hi, 16));
+    _mm256_storeu_si256((__m256i *)p, _mm256_permute4x64_epi64(l, 0xd8));
+    _mm256_storeu_si256((__m256i *)p + 1, _mm256_permute4x64_epi64(h, 0xd8));
 }
 static inline vi vi_sub(vi a, vi b) { return FB_BOTH_I(_mm256_sub_epi32(a.lo, b.lo), _mm256_sub_epi32(a.hi, b.hi)); }
 static inline vi vi_mul(vi a, vi b)

@@ -24,6 +24,7 @@ static inline vf v_div(vf a, vf b) { return _mm512_div_ps(a, b); }
 static inline vf v_max(vf a, vf b) { return _mm512_max_ps(a, b); }
 static inline vf v_min(vf a, vf b) { return _mm512_min_ps(a, b); }
 static inline vf v_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+static inline vf v_fnma(vf a, vf b, vf c) { return _mm512_fnmadd_ps(a, b, c); }
 static inline vf v_copysign(vf a, vf b)
 {
     const __m512 sign = _mm512_set1_ps(-0.0f);
@@ -58,6 +59,16 @@ static inline float v_largest(vf a)
     const __m128 x2 = _mm_max_ps(x4, _mm_movehl_ps(x4, x4));
     return _mm_cvtss_f32(_mm_max_ss(x2, _mm_shuffle_ps(x2, x2, 1)));
 }
+static inline void v_largest2(vf a, vf b, float *largest_a, float *largest_b)
+{
+    const __m512 x8 = _mm512_max_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee)); /* a | b */
+    const __m512 x4 = _mm512_max_ps(x8, _mm512_shuffle_f32x4(x8, x8, 0xb1));
+    const __m512 x2 = _mm512_max_ps(x4, _mm512_shuffle_ps(x4, x4, 0x4e));
+    const __m512 x1 = _mm512_max_ps(x2, _mm512_shuffle_ps(x2, x2, 0xb1));
+    *largest_a = _mm512_cvtss_f32(x1);
+    *largest_b = _mm_cvtss_f32(_mm512_extractf32x4_ps(x1, 2));
+}
+static inline int v_any_nan(vf a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q) != 0; }
 /* Four rounds of shuffles: 32-bit pairs, 64-bit pairs, then 128-bit quarters twice. */
 static inline void v_transpose(vf r[16])
 {
@@ -98,6 +109,15 @@ static inline void v_to_u8(uint8_t *p, vf a, vi zero, ptrdiff_t n)
     const __m512i q = _mm512_add_epi32(_mm512_cvtps_epi32(a), zero); /* a NaN gives -2^31 */
     _mm512_mask_cvtusepi32_storeu_epi8(p, v_mask(n), _mm512_max_epi32(q, _mm512_setzero_si512()));
 }
+static inline void v_to_u8x4(uint8_t *p, const vf a[4], int32_t zero)
+{
+    const __m512i z = _mm512_set1_epi16((int16_t)zero),
+                  order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i lo = _mm512_packs_epi32(_mm512_cvtps_epi32(a[0]), _mm512_cvtps_epi32(a[1]));
+    const __m512i hi = _mm512_packs_epi32(_mm512_cvtps_epi32(a[2]), _mm512_cvtps_epi32(a[3]));
+    const __m512i bytes = _mm512_packus_epi16(_mm512_adds_epi16(lo, z), _mm512_adds_epi16(hi, z));
+    _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, bytes));
+}
 static inline vi vi_set1(int32_t x) { return _mm512_set1_epi32(x); }
 static inline vi vi_load(const int32_t *p) { return _mm512_loadu_si512(p); }
 static inline void vi_store(int32_t *p, vi a) { _mm512_storeu_si512(p, a); }
@@ -110,6 +130,22 @@ static inline vrow vi_row(const void *p)
 }
 static inline vi vi_widen_u8(const uint8_t *p) { return _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)p)); }
 static inline vi vi_widen_s8(const int8_t *p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)p)); }
+static inline vi v_bits(vf a) { return _mm512_castps_si512(a); }
+static inline vi vi_add(vi a, vi b) { return _mm512_add_epi32(a, b); }
+static inline vi vi_shl(vi a, unsigned n) { return _mm512_slli_epi32(a, n); }
+static inline vi vi_xor(vi a, vi b) { return _mm512_xor_si512(a, b); }
+static inline void vi_to_u8x64(uint8_t *p, const vi q[4])
+{
+    /* the packs work within 128 bits: quarter i of q[j] ends up as 32-bit element 4 i + j */
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i bytes = _mm512_packus_epi16(_mm512_packs_epi32(q[0], q[1]), _mm512_packs_epi32(q[2], q[3]));
+    _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, bytes));
+}
+static inline void vi_store_halves(int8_t *p, vi a)
+{
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(a));
+    _mm256_storeu_si256((__m256i *)p + 1, _mm512_cvtepi32_epi16(_mm512_srli_epi32(a, 16)));
+}
 static inline vi vi_sub(vi a, vi b) { return _mm512_sub_epi32(a, b); }
 static inline vi vi_mul(vi a, vi b) { return _mm512_mullo_epi32(a, b); }
 static inline vf vi_to_f32(vi a) { return _mm512_cvtepi32_ps(a); }

@@ -56,6 +56,7 @@ static inline float32x4_t v_min4(float32x4_t a, float32x4_t b) { return vbslq_f3
 static inline vf v_max(vf a, vf b) { FB_QUARTERS(vf, v_max4(a.q[i], b.q[i])); }
 static inline vf v_min(vf a, vf b) { FB_QUARTERS(vf, v_min4(a.q[i], b.q[i])); }
 static inline vf v_fma(vf a, vf b, vf c) { FB_QUARTERS(vf, vfmaq_f32(c.q[i], a.q[i], b.q[i])); }
+static inline vf v_fnma(vf a, vf b, vf c) { FB_QUARTERS(vf, vfmsq_f32(c.q[i], a.q[i], b.q[i])); }
 static inline vf v_copysign(vf a, vf b) { FB_QUARTERS(vf, vbslq_f32(vdupq_n_u32(0x80000000u), b.q[i], a.q[i])); }
 static inline vf v_abs(vf a) { FB_QUARTERS(vf, vabsq_f32(a.q[i])); }
 static inline vf v_ifgt(vf a, vf b, vf x, vf y)
@@ -83,6 +84,16 @@ static inline float v_largest(vf a)
     const float32x4_t x4 = v_max4(v_max4(a.q[0], a.q[2]), v_max4(a.q[1], a.q[3]));
     const float32x4_t x2 = v_max4(x4, vextq_f32(x4, x4, 2));
     return vgetq_lane_f32(v_max4(x2, vextq_f32(x2, x2, 1)), 0);
+}
+static inline void v_largest2(vf a, vf b, float *largest_a, float *largest_b)
+{
+    *largest_a = v_largest(a);
+    *largest_b = v_largest(b);
+}
+static inline int v_any_nan(vf a)
+{
+    const float32x4_t x4 = vaddq_f32(vaddq_f32(a.q[0], a.q[1]), vaddq_f32(a.q[2], a.q[3]));
+    return vminvq_u32(vceqq_f32(x4, x4)) == 0;
 }
 /* Columns c .. c+3 of rows r .. r+3 for the rows c .. c+3 of the result. */
 static inline void v_transpose4(const vf r[4], int c, float32x4_t out[4])
@@ -149,12 +160,44 @@ static inline void v_to_u8(uint8_t *p, vf a, vi zero, ptrdiff_t n)
     }
 }
 static inline vi vi_set1(int32_t x) { FB_QUARTERS(vi, vdupq_n_s32(x)); }
+static inline void v_to_u8x4(uint8_t *p, const vf a[4], int32_t zero)
+{
+    for (int i = 0; i < 4; i++)
+        v_to_u8(p + 16 * i, a[i], vi_set1(zero), 16);
+}
 static inline vi vi_load(const int32_t *p) { FB_QUARTERS(vi, vld1q_s32(p + 4 * i)); }
 static inline void vi_store(int32_t *p, vi a)
 {
     FB_UNROLL
     for (int i = 0; i < 4; i++)
         vst1q_s32(p + 4 * i, a.q[i]);
+}
+static inline vi v_bits(vf a) { FB_QUARTERS(vi, vreinterpretq_s32_f32(a.q[i])); }
+static inline vi vi_add(vi a, vi b) { FB_QUARTERS(vi, vaddq_s32(a.q[i], b.q[i])); }
+static inline vi vi_shl(vi a, int n) { FB_QUARTERS(vi, vshlq_s32(a.q[i], vdupq_n_s32(n))); }
+static inline vi vi_xor(vi a, vi b) { FB_QUARTERS(vi, veorq_s32(a.q[i], b.q[i])); }
+static inline void vi_to_u8x64(uint8_t *p, const vi q[4])
+{
+    FB_UNROLL
+    for (int j = 0; j < 4; j++) {
+        const int16x8_t low = vcombine_s16(vmovn_s32(q[j].q[0]), vmovn_s32(q[j].q[1]));
+        const int16x8_t high = vcombine_s16(vmovn_s32(q[j].q[2]), vmovn_s32(q[j].q[3]));
+        vst1q_u8(p + 16 * j, vreinterpretq_u8_s8(vcombine_s8(vmovn_s16(low), vmovn_s16(high))));
+    }
+}
+static inline void vi_store_zipped(int8_t *p, const vi w[4], int count)
+{
+    FB_UNROLL
+    for (int i = 0; i < 4; i++) {
+        if (count == 4) {
+            const int32x4x4_t all = {{w[0].q[i], w[1].q[i], w[2].q[i], w[3].q[i]}};
+            vst4q_s32((int32_t *)p + 16 * i, all);
+        } else {
+            const int32x4x2_t first = {{w[0].q[i], w[1].q[i]}}, second = {{w[2].q[i], w[3].q[i]}};
+            vst2q_s32((int32_t *)p + 8 * i, first);
+            vst2q_s32((int32_t *)p + 32 + 8 * i, second);
+        }
+    }
 }
 static inline vi vi_sub(vi a, vi b) { FB_QUARTERS(vi, vsubq_s32(a.q[i], b.q[i])); }
 static inline vi vi_mul(vi a, vi b) { FB_QUARTERS(vi, vmulq_s32(a.q[i], b.q[i])); }

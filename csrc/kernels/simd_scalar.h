@@ -4,7 +4,10 @@
  *   vf                          16 float32 lanes
  *   v_load_n, v_store_n         the first n lanes, 1 <= n <= 16; absent lanes are loaded as `fill`, memory is not touched
  *   v_max(limit, x), v_min      x when the comparison is unordered: a NaN in x stays
+ *   v_fma(a, b, c), v_fnma      a * b + c and c - a * b, rounded once
  *   v_sum                       the tree of kernels.h: lane l + lane l+8, then l+4, l+2, l+1
+ *   v_largest2                  v_largest of two vectors without NaN
+ *   v_any_nan                   whether a lane is NaN, of lanes that are NaN or 0
  *   v_scale2(p, t)              p * 2^i, i = -126 .. 127 the integer that t = x + 1.5 * 2^23 carries in its low bits
  *   v_ifgt(a, b, x, y)          a > b ? x : y, lane by lane
  *   v_fold(x)                   lanes l and l + 8: their sum in l, the difference x[l] - x[l + 8] in l + 8
@@ -59,6 +62,11 @@ static inline vf v_fma(vf a, vf b, vf c)
     FB_LANES a.l[i] = fmaf(a.l[i], b.l[i], c.l[i]);
     return a;
 }
+static inline vf v_fnma(vf a, vf b, vf c)
+{
+    FB_LANES a.l[i] = fmaf(-a.l[i], b.l[i], c.l[i]);
+    return a;
+}
 static inline vf v_abs(vf a)
 {
     FB_LANES a.l[i] = fabsf(a.l[i]);
@@ -100,6 +108,17 @@ static inline float v_largest(vf a)
         r = r > a.l[i] ? r : a.l[i];
     return r;
 }
+static inline void v_largest2(vf a, vf b, float *largest_a, float *largest_b)
+{
+    *largest_a = v_largest(a);
+    *largest_b = v_largest(b);
+}
+static inline int v_any_nan(vf a)
+{
+    int any = 0;
+    FB_LANES any |= isnan(a.l[i]) != 0;
+    return any;
+}
 /* r[i] lane j <-> r[j] lane i. */
 static inline void v_transpose(vf r[16])
 {
@@ -113,10 +132,15 @@ static inline void v_transpose(vf r[16])
 
 /* ---- 16 int32 lanes ----
  *   v_to_u8     clamp(rint(lanes) + zero, 0, 255) to the first n bytes, 0 for a NaN; |lanes| < 2^22, ties to even
+ *   v_to_u8x4   the same for 64 lanes, |lanes| < 2^14
  *   vi_row      four bytes of a row of A for all columns: four steps of k in bytes, or two in int16
  *   vi_dot      acc + the four products of each column: r a row's four bytes, w 16 columns by 4 steps of k; with
  *               FB_S8_DEPTH 2 two products: r a row's two int16, w 16 columns by 2 steps of k, in int16
  *   vi_widen_u8, vi_widen_s8    32 bytes as 32 int16; only where a set uses them
+ *   v_bits      the bits of the lanes; vi_add, vi_sub and vi_shl are modulo 2^32
+ *   vi_to_u8x64 lanes of four vectors, each 0 .. 255, to 64 bytes
+ *   vi_store_halves   the low 16 bits of each lane, then the high ones: 64 bytes; only for FB_S8_DEPTH 2
+ *   vi_store_zipped   `count` vectors at a time, 2 or 4 of the 4: a lane of each in turn; only for FB_S8_DEPTH 8 and 16
  *   FB_A_SHIFT  vi_dot takes a - FB_A_SHIFT for a
  */
 typedef struct {
@@ -139,6 +163,11 @@ static inline vi vi_set1(int32_t x)
     FB_LANES r.l[i] = x;
     return r;
 }
+static inline void v_to_u8x4(uint8_t *p, const vf a[4], int32_t zero)
+{
+    for (int i = 0; i < 4; i++)
+        v_to_u8(p + 16 * i, a[i], vi_set1(zero), 16);
+}
 static inline vi vi_load(const int32_t *p)
 {
     vi r;
@@ -146,9 +175,35 @@ static inline vi vi_load(const int32_t *p)
     return r;
 }
 static inline void vi_store(int32_t *p, vi a) { memcpy(p, a.l, sizeof a.l); }
+static inline vi v_bits(vf a)
+{
+    vi r;
+    memcpy(r.l, a.l, sizeof r.l);
+    return r;
+}
+static inline vi vi_add(vi a, vi b)
+{
+    FB_LANES a.l[i] = (int32_t)((uint32_t)a.l[i] + (uint32_t)b.l[i]);
+    return a;
+}
+static inline vi vi_shl(vi a, int n)
+{
+    FB_LANES a.l[i] = (int32_t)((uint32_t)a.l[i] << n);
+    return a;
+}
+static inline vi vi_xor(vi a, vi b)
+{
+    FB_LANES a.l[i] ^= b.l[i];
+    return a;
+}
+static inline void vi_to_u8x64(uint8_t *p, const vi q[4])
+{
+    for (int j = 0; j < 4; j++)
+        FB_LANES p[16 * j + i] = (uint8_t)q[j].l[i];
+}
 static inline vi vi_sub(vi a, vi b)
 {
-    FB_LANES a.l[i] -= b.l[i];
+    FB_LANES a.l[i] = (int32_t)((uint32_t)a.l[i] - (uint32_t)b.l[i]);
     return a;
 }
 static inline vi vi_mul(vi a, vi b)

@@ -228,7 +228,7 @@ cdef class Model:
         c.max_position_embeddings = config["max_position_embeddings"]
         c.type_vocab_size = config["type_vocab_size"]
         c.precision = <fb_precision>lookup(PRECISIONS, config.get("precision", "fp32"), "precision")
-        c.strict = bool(config.get("strict", False))
+        c.strict = bool(config.get("strict", True))
         c.layer_norm_eps = config["layer_norm_eps"]
         c.hidden_act = <fb_act>lookup(ACTIVATIONS, config["hidden_act"], "hidden_act")
         c.pooling = 0

@@ -43,6 +43,9 @@ class KernelSet:
         repeat: int = 1,
     ) -> None: ...
     def softmax_f32(self, x: NDArray[np.float32], scale: float, repeat: int = 1) -> None: ...
+    def softmax_u8(
+        self, x: NDArray[np.float32], q: NDArray[np.uint8], scale: NDArray[np.float32], repeat: int = 1
+    ) -> None: ...
     def layernorm_f32(
         self,
         x: NDArray[np.float32],
@@ -61,12 +64,22 @@ class KernelSet:
         zero: NDArray[np.int32],
         repeat: int = 1,
     ) -> None: ...
+    def mix_quantize_u8(
+        self,
+        x: NDArray[np.float32],
+        y: NDArray[np.float32],
+        q: NDArray[np.uint8],
+        scale: NDArray[np.float32],
+        zero: NDArray[np.int32],
+        repeat: int = 1,
+    ) -> None: ...
     @property
     def gemm_s8_name(self) -> str: ...
     def packed_bytes_s8(self, n: int, k: int) -> int: ...
     def pack_s8(
         self, w: NDArray[np.int8], scale_w: NDArray[np.float32], packed: NDArray[np.uint8], repeat: int = 1
     ) -> None: ...
+    def pack_f32_s8(self, w: NDArray[np.float32], packed: NDArray[np.uint8], repeat: int = 1) -> None: ...
     def gemm_s8(
         self,
         a: NDArray[np.uint8],

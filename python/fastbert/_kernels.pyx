@@ -39,11 +39,14 @@ cdef extern from "kernels.h" nogil:
         size_t (*packed_bytes)(ptrdiff_t n, ptrdiff_t k) noexcept nogil
         void (*pack)(ptrdiff_t n, ptrdiff_t k, const int8_t *w, ptrdiff_t ldw, const float *scale_w,
                      void *packed) noexcept nogil
+        void (*pack_f32)(ptrdiff_t n, ptrdiff_t k, const float *w, ptrdiff_t stride_n, ptrdiff_t stride_k,
+                         void *packed) noexcept nogil
         void (*run)(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const uint8_t *a, ptrdiff_t lda, const float *scale_a,
                     const int32_t *zero, const void *packed, const fb_epilogue *epilogue, float *c,
                     ptrdiff_t ldc) noexcept nogil
     ctypedef struct fb_gemm_split:
         const char *name
+        uint32_t needs
         size_t (*packed_bytes)(ptrdiff_t n, ptrdiff_t k) noexcept nogil
         void (*pack)(ptrdiff_t n, ptrdiff_t k, const float *w, ptrdiff_t ldw, void *packed) noexcept nogil
         void (*run)(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const float *a, ptrdiff_t lda, const void *packed,
@@ -52,12 +55,16 @@ cdef extern from "kernels.h" nogil:
         const char *isa
         const fb_gemm_f32 *gemm_f32
         void (*softmax_f32)(ptrdiff_t rows, ptrdiff_t n, float scale, float *x, ptrdiff_t ldx) noexcept nogil
+        void (*softmax_u8)(ptrdiff_t rows, ptrdiff_t n, const float *x, ptrdiff_t ldx, uint8_t *q, ptrdiff_t ldq,
+                           float *scale) noexcept nogil
         void (*layernorm_f32)(ptrdiff_t rows, ptrdiff_t n, const float *x, ptrdiff_t ldx, const float *gamma,
                               const float *beta, float eps, float *y, ptrdiff_t ldy) noexcept nogil
         void (*mix_f32)(ptrdiff_t rows, ptrdiff_t n, const float *x, ptrdiff_t ldx, float *y,
                         ptrdiff_t ldy) noexcept nogil
         void (*quantize_u8)(ptrdiff_t rows, ptrdiff_t k, const float *x, ptrdiff_t ldx, uint8_t *q, ptrdiff_t ldq,
                             float *scale, int32_t *zero) noexcept nogil
+        void (*mix_quantize_u8)(ptrdiff_t rows, ptrdiff_t k, const float *x, ptrdiff_t ldx, float *y, ptrdiff_t ldy,
+                                uint8_t *q, ptrdiff_t ldq, float *scale, int32_t *zero) noexcept nogil
         const fb_gemm_s8 *gemm_s8
         const fb_gemm_split *gemm_split
 
@@ -139,6 +146,15 @@ cdef int check_packed(const unsigned char[::1] packed, size_t expected, Py_ssize
     return 0
 
 
+cdef (Py_ssize_t, Py_ssize_t) pack_strides(const float[:, :] w) except *:
+    """Elements between the rows and between the columns of w, one of them 1."""
+    cdef Py_ssize_t stride_n = w.strides[0] // 4 if w.shape[0] > 1 else 1
+    cdef Py_ssize_t stride_k = w.strides[1] // 4 if w.shape[1] > 1 else 1
+    if stride_n != 1 and stride_k != 1:
+        raise ValueError(f"w: expected a stride of 4 bytes, got {w.strides[0]} and {w.strides[1]}")
+    return stride_n, stride_k
+
+
 cdef fb_epilogue epilogue_of(const float[::1] bias, str act, const float[:, :] residual, Py_ssize_t m,
                              Py_ssize_t n) except *:
     cdef fb_epilogue epilogue
@@ -188,11 +204,8 @@ cdef class KernelSet:
 
     def pack(self, const float[:, :] w, unsigned char[::1] packed, Py_ssize_t repeat=1):
         """Packs w [n][k], one of its two strides 1 element, into packed [packed_bytes(n, k)], 64-byte aligned."""
-        cdef Py_ssize_t n = w.shape[0], k = w.shape[1], _
-        cdef Py_ssize_t stride_n = w.strides[0] // 4 if n > 1 else 1
-        cdef Py_ssize_t stride_k = w.strides[1] // 4 if k > 1 else 1
-        if stride_n != 1 and stride_k != 1:
-            raise ValueError(f"w: expected a stride of 4 bytes, got {w.strides[0]} and {w.strides[1]}")
+        cdef Py_ssize_t n = w.shape[0], k = w.shape[1], stride_n, stride_k, _
+        stride_n, stride_k = pack_strides(w)
         check_packed(packed, self.k.gemm_f32.packed_bytes(n, k), n, k)
         with nogil:
             for _ in range(repeat):
@@ -249,6 +262,17 @@ cdef class KernelSet:
             for _ in range(repeat):
                 self.k.softmax_f32(x.shape[0], x.shape[1], scale, &x[0, 0], ldx)
 
+    def softmax_u8(self, const float[:, :] x, uint8_t[:, :] q, float[::1] scale, Py_ssize_t repeat=1):
+        """softmax(x [rows][n]) ~ scale [rows] * q [rows][k8(n)]; the bytes of q from n on become 0; n >= 1."""
+        cdef Py_ssize_t rows = x.shape[0], n = x.shape[1], _
+        cdef Py_ssize_t ldx = row_stride("x", x, rows, n), ldq = row_stride("q", q, rows, fb_k8(n))
+        check_vector("scale", scale, rows)
+        if n < 1:
+            raise ValueError("x: expected rows of at least one element")
+        with nogil:
+            for _ in range(repeat):
+                self.k.softmax_u8(rows, n, &x[0, 0], ldx, &q[0, 0], ldq, &scale[0])
+
     def layernorm_f32(self, const float[:, :] x, const float[::1] gamma, const float[::1] beta, float eps,
                       float[:, :] out, Py_ssize_t repeat=1):
         """out [rows][n] = (x - mean) / sqrt(var + eps) * gamma + beta, row by row; out may be x; n >= 1."""
@@ -281,6 +305,18 @@ cdef class KernelSet:
             for _ in range(repeat):
                 self.k.quantize_u8(rows, k, &x[0, 0], ldx, &q[0, 0], ldq, &scale[0], &zero[0])
 
+    def mix_quantize_u8(self, const float[:, :] x, float[:, :] y, uint8_t[:, :] q, float[::1] scale, int32_t[::1] zero,
+                        Py_ssize_t repeat=1):
+        """mix_f32 from x to y, which may be x, and quantize_u8 of y."""
+        cdef Py_ssize_t rows = x.shape[0], k = x.shape[1], _
+        cdef Py_ssize_t ldx = row_stride("x", x, rows, k), ldy = row_stride("y", y, rows, k)
+        cdef Py_ssize_t ldq = row_stride("q", q, rows, fb_k8(k))
+        check_vector("scale", scale, rows)
+        check_vector("zero", zero, rows)
+        with nogil:
+            for _ in range(repeat):
+                self.k.mix_quantize_u8(rows, k, &x[0, 0], ldx, &y[0, 0], ldy, &q[0, 0], ldq, &scale[0], &zero[0])
+
     @property
     def gemm_s8_name(self):
         """For example "gemm_s8_8x48_avx512vnni": the register tile is 8 rows by 48 columns."""
@@ -300,18 +336,27 @@ cdef class KernelSet:
             for _ in range(repeat):
                 self.k.gemm_s8.pack(n, k, &w[0, 0], ldw, &scale_w[0], &packed[0])
 
+    def pack_f32_s8(self, const float[:, :] w, unsigned char[::1] packed, Py_ssize_t repeat=1):
+        """Quantises w [n][k], one of its two strides 1 element, and packs it into packed [packed_bytes_s8(n, k)]."""
+        cdef Py_ssize_t n = w.shape[0], k = w.shape[1], stride_n, stride_k, _
+        stride_n, stride_k = pack_strides(w)
+        check_packed(packed, self.k.gemm_s8.packed_bytes(n, k), n, k)
+        with nogil:
+            for _ in range(repeat):
+                self.k.gemm_s8.pack_f32(n, k, &w[0, 0], stride_n, stride_k, &packed[0])
+
     def gemm_s8(self, const uint8_t[:, :] a, Py_ssize_t k, const float[::1] scale_a, const int32_t[::1] zero,
                 const unsigned char[::1] packed, float[:, :] out, const float[::1] bias=None, str act="none",
                 const float[:, :] residual=None, Py_ssize_t repeat=1):
         """out [m][n] = residual [m][n] + act(t * scale_a [m] * scale_w [n] + bias [n]), t = (a [m][:k] - zero [m]) * W^T.
 
-        a [m][k8(k)]; packed holds W [n][k] and scale_w; k <= 65536; act is a key of ACTS.
+        a [m][k8(k)]; packed holds W [n][k] and scale_w; k <= 32768; act is a key of ACTS.
         """
         cdef Py_ssize_t m = a.shape[0], n = out.shape[1], _
         cdef Py_ssize_t lda = row_stride("a", a, m, fb_k8(k)), ldc = row_stride("out", out, m, n)
         cdef fb_epilogue epilogue = epilogue_of(bias, act, residual, m, n)
-        if not 0 <= k <= 65536:
-            raise ValueError(f"k: expected 0 .. 65536, got {k}")
+        if not 0 <= k <= 32768:
+            raise ValueError(f"k: expected 0 .. 32768, got {k}")
         check_vector("scale_a", scale_a, m)
         check_vector("zero", zero, m)
         check_packed(packed, self.k.gemm_s8.packed_bytes(n, k), n, k)

@@ -90,7 +90,12 @@ def _add_load_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_strict(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--strict", action="store_true", help="fp32: the bits of all CPUs, also on one with AMX")
+    parser.add_argument(
+        "--strict",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="fp32: the bits of all CPUs; --no-strict: AMX-BF16 where the CPU has it (default: --strict)",
+    )
 
 
 def _add_hub_arguments(parser: argparse.ArgumentParser) -> None:

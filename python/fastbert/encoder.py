@@ -102,7 +102,7 @@ class Encoder(Pretrained):
     precision : {"fp32", "int8"}
         "int8" quantises weights while loading and activations per token: a quarter of the memory, faster,
         and close to float32 (all-MiniLM-L6-v2: cosine 0.9996 on average). Results are float32 in both.
-    strict : bool, default False
+    strict : bool, default True
         Of "fp32" on CPUs with AMX-BF16: keep float32 multiply-adds, and so the bits of all other CPUs. Else the linear
         layers there multiply on its tiles, each number as a sum of three bfloat16: slower for short texts, faster for
         long ones, with a smaller rms error, but not to the same bits. Without effect elsewhere and on "int8".
@@ -139,7 +139,7 @@ class Encoder(Pretrained):
         model: str | os.PathLike[str] | None = None,
         *,
         precision: Literal["fp32", "int8"] = "fp32",
-        strict: bool = False,
+        strict: bool = True,
         threads: int | None = None,
         max_seq_length: int | None = None,
         revision: str | None = None,

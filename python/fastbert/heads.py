@@ -134,7 +134,7 @@ class TaskModel(Pretrained):
         model: str | os.PathLike[str],
         *,
         precision: Literal["fp32", "int8"] = "fp32",
-        strict: bool = False,
+        strict: bool = True,
         threads: int | None = None,
         max_seq_length: int | None = None,
         revision: str | None = None,
