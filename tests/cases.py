@@ -995,5 +995,6 @@ class MixQuantizeU8:
 
 
 OPS: dict[str, type[Case]] = {
-    op.op: op for op in (GemmF32, GemmSplit, GemmS8, SoftmaxF32, SoftmaxU8, LayerNormF32, MixF32, QuantizeU8, MixQuantizeU8)
+    op.op: op
+    for op in (GemmF32, GemmSplit, GemmS8, SoftmaxF32, SoftmaxU8, LayerNormF32, MixF32, QuantizeU8, MixQuantizeU8)
 }

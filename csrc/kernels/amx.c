@@ -339,7 +339,8 @@ static const fb_gemm_s8 gemm_s8 = {"gemm_s8_32x32_amx", s8_packed_bytes_amx, s8_
 
 #include "gemm_split.inc.h"
 
-static const fb_gemm_split gemm_split = {"gemm_split_32x32_amx", FB_CPU_AMXBF16, split_packed_bytes, split_pack, gemm_split_amx};
+static const fb_gemm_split gemm_split = {"gemm_split_32x32_amx", FB_CPU_AMXBF16, split_packed_bytes, split_pack,
+                                         gemm_split_amx};
 #endif
 
 const fb_kernels fb_kernels_amx = {

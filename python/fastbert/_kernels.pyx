@@ -46,7 +46,6 @@ cdef extern from "kernels.h" nogil:
                     ptrdiff_t ldc) noexcept nogil
     ctypedef struct fb_gemm_split:
         const char *name
-        uint32_t needs
         size_t (*packed_bytes)(ptrdiff_t n, ptrdiff_t k) noexcept nogil
         void (*pack)(ptrdiff_t n, ptrdiff_t k, const float *w, ptrdiff_t ldw, void *packed) noexcept nogil
         void (*run)(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const float *a, ptrdiff_t lda, const void *packed,
