@@ -4,7 +4,8 @@
 
 Each case is checked against float64, then timed warm: in every round each kernel set runs each case once, repeated to
 at least SAMPLE_S, with a short run of its peak (bench/peak.c) before and after: fused multiply-adds for gemm_f32, VNNI
-or AMX dot products of bytes for gemm_s8 on the sets that have them. Printed: median and quartiles over the rounds.
+or AMX dot products of bytes for gemm_s8 on the sets that have them; a sixth of
+AMX products of bfloat16 for gemm_split. Printed: median and quartiles over the rounds.
 `share` is the median of the rate by the mean of the two peaks, so that a change of clock, or a neighbour on the same
 core, weighs on both; `by gemm_f32` the median over the rounds of the rate by that of gemm_f32 of the same shape and
 kernel set. GB/s counts operands and result once. Row operations are in nanoseconds per element. One thread, pinned to
@@ -36,6 +37,7 @@ from tests.cases import (
     Expected,
     GemmF32,
     GemmS8,
+    GemmSplit,
     LayerNormF32,
     MixF32,
     QuantizeU8,
@@ -48,9 +50,9 @@ from tests.toolchain import compile_c, isa_rows
 
 SAMPLE_S = 0.004  # of a case; a quarter of it for each peak
 LAYERS = [(768, 768), (3072, 768), (768, 3072), (384, 384), (1536, 384), (128, 128), (512, 128)]  # n, k
-UNITS = {"gemm_f32": "GFLOP/s", "gemm_s8": "GOP/s"}  # of the other ops: ns/element
+UNITS = {"gemm_f32": "GFLOP/s", "gemm_split": "GFLOP/s", "gemm_s8": "GOP/s"}  # of the other ops: ns/element
 ALL_CASES: list[Case] = [
-    *(op(m, n, k) for m in (128, 32, 8, 1) for n, k in LAYERS for op in (GemmF32, GemmS8)),
+    *(op(m, n, k) for m in (128, 32, 8, 1) for n, k in LAYERS for op in (GemmF32, GemmS8, GemmSplit)),
     *(op(128, 3072, 768, act, bias=True) for act in ("gelu", "gelu_tanh") for op in (GemmF32, GemmS8)),
     *(op(128, 768, 3072, bias=True, residual=True) for op in (GemmF32, GemmS8)),
     GemmF32(128, 128, 64),  # scores and context of one attention head
@@ -109,7 +111,11 @@ def peak_library(isa: str, folder: Path) -> ctypes.CDLL:
 def peaks(isa: str, folder: Path) -> dict[str, Timed]:
     """The functions of bench/peak.c that the flags of this kernel set allow, by the op that each is the peak of."""
     loaded = peak_library(isa, folder)
-    starts = {"gemm_f32": (loaded.peak_f32, ctypes.c_float), "gemm_s8": (loaded.peak_s8, ctypes.c_int)}
+    starts = {
+        "gemm_f32": (loaded.peak_f32, ctypes.c_float),
+        "gemm_s8": (loaded.peak_s8, ctypes.c_int),
+        "gemm_split": (loaded.peak_split, ctypes.c_int),
+    }
     found = {}
     for op, (function, number) in starts.items():
         function.restype = ctypes.c_double
@@ -134,7 +140,14 @@ def measure(isas: list[str], cases: list[Case], rounds: int) -> list[dict[str, o
     """A row for each peak, kernel set and case; rates are per second: of operations or elements, and bytes."""
     with tempfile.TemporaryDirectory() as folder:
         top = {isa: peaks(isa, Path(folder)) for isa in isas}
-    timed = {isa: {case: prepare(case, KernelSet(isa), top[isa].get(case.op)) for case in cases} for isa in isas}
+    timed = {
+        isa: {
+            case: prepare(case, KernelSet(isa), top[isa].get(case.op))
+            for case in cases
+            if case.op != "gemm_split" or KernelSet(isa).gemm_split_name
+        }
+        for isa in isas
+    }
     for isa in tqdm(isas, "warming", leave=False):
         for what in timed[isa].values():
             what.warm(SAMPLE_S)
@@ -151,7 +164,9 @@ def measure(isas: list[str], cases: list[Case], rounds: int) -> list[dict[str, o
             row["bytes"] = row["median"] / what.work * case.moved_bytes()
             if what.shares:
                 row["share"] = median(what.shares)
-            f32_case = isinstance(case, GemmS8) and GemmF32(case.m, case.n, case.k, case.act, case.bias, case.residual)
+            f32_case = isinstance(case, GemmS8 | GemmSplit) and GemmF32(
+                case.m, case.n, case.k, case.act, case.bias, case.residual
+            )
             if f32_case in timed[isa]:
                 f32 = timed[isa][f32_case].samples
                 row["by_f32"] = median(x / y for x, y in zip(what.samples, f32, strict=True))
@@ -183,7 +198,10 @@ def main() -> None:
     pin(1)
     machine = environment()
     isas = arguments.isa.split(",")
-    gemms = {isa: [KernelSet(isa).gemm_f32_name, KernelSet(isa).gemm_s8_name] for isa in isas}
+    gemms = {
+        isa: [name for name in (k.gemm_f32_name, k.gemm_s8_name, k.gemm_split_name) if name]
+        for isa, k in ((isa, KernelSet(isa)) for isa in isas)
+    }
     rows = measure(isas, cases, arguments.rounds)
     names = dict.fromkeys(name for both in gemms.values() for name in both)
     print(f"{machine['cpu']}, one core, commit {machine['commit']}; {', '.join(names)}\n")

@@ -89,6 +89,31 @@ double peak_s8(long steps, int chains[CHAINS])
 #endif
 }
 
+/* What gemm_split can do at most: a sixth of the multiply-adds of bfloat16 on tiles. */
+double peak_split(long steps, int chains[CHAINS])
+{
+    (void)chains;
+#if defined(__AMX_BF16__) || defined(__AMXBF16__)
+    static const struct {
+        unsigned char palette, start_row, reserved[14];
+        unsigned short row_bytes[16];
+        unsigned char rows[16];
+    } shapes = {.palette = 1, .row_bytes = {64, 64, 64, 64, 64, 64}, .rows = {16, 16, 16, 16, 16, 16}};
+    _tile_loadconfig(&shapes);
+    for (long i = 0; i < steps; i++) {
+        _tile_dpbf16ps(0, 4, 5);
+        _tile_dpbf16ps(1, 4, 5);
+        _tile_dpbf16ps(2, 4, 5);
+        _tile_dpbf16ps(3, 4, 5);
+    }
+    _tile_release();
+    return 2.0 * 4 * 16 * 16 * 32 / 6 * (double)steps;
+#else
+    (void)steps;
+    return 0;
+#endif
+}
+
 /* Reads `bytes` (a multiple of 8 vectors is read, the rest left) from start to end, `steps` times; gives the bytes read. */
 double peak_read(long steps, const char *start, long bytes, int sum[16])
 {

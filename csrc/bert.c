@@ -47,6 +47,7 @@ typedef struct workspace {
     int32_t *q_zero; /* [tokens] */
     float *rows[2];  /* [sequences][dim_max]: pooled vectors on their way through pooler or dense modules */
     char *attention; /* one attention scratch per member of the team */
+    char *split;     /* where layers are FB_FORMAT_SPLIT: FB_SPLIT_SCRATCH bytes per member */
 } workspace;
 
 struct fb_model {
@@ -146,7 +147,10 @@ void fb_free(fb_model *model)
 void fb_get_info(const fb_model *model, fb_info *info)
 {
     info->isa = model->kernels.isa;
-    info->gemm = model->config.precision == FB_INT8 ? model->kernels.gemm_s8->name : model->kernels.gemm_f32->name;
+    const fb_format format = fb_encoder_format(&model->config, &model->kernels);
+    info->gemm = format == FB_FORMAT_S8      ? model->kernels.gemm_s8->name
+                 : format == FB_FORMAT_SPLIT ? model->kernels.gemm_split->name
+                                             : model->kernels.gemm_f32->name;
     info->weights_bytes = model->weights.bytes;
     info->vector_dim = model->vector_dim;
     info->has_pooler = model->weights.pooler.packed != NULL;
@@ -209,6 +213,7 @@ static size_t attention_bytes(const fb_model *m, ptrdiff_t tokens)
 static size_t lay_out(const fb_model *m, ptrdiff_t tokens, ptrdiff_t longest, int team, workspace *ws)
 {
     const size_t row = sizeof(float) * (size_t)tokens;
+    const int split = fb_encoder_format(&m->config, &m->kernels) == FB_FORMAT_SPLIT;
     const struct {
         size_t offset_of;
         size_t bytes;
@@ -224,6 +229,7 @@ static size_t lay_out(const fb_model *m, ptrdiff_t tokens, ptrdiff_t longest, in
         {offsetof(workspace, rows[0]), row * (size_t)m->dim_max},
         {offsetof(workspace, rows[1]), row * (size_t)m->dim_max},
         {offsetof(workspace, attention), attention_bytes(m, longest) * (size_t)team},
+        {offsetof(workspace, split), split ? (size_t)FB_SPLIT_SCRATCH * (size_t)team : 0},
     };
     size_t used = (sizeof(workspace) + 63) / 64 * 64;
     for (size_t i = 0; i < sizeof parts / sizeof parts[0]; i++) {
@@ -385,11 +391,15 @@ static void linear(const micro_batch *b, const fb_linear *layer, const float *x,
     const fb_epilogue epilogue = {layer->bias ? layer->bias + column : NULL, act,
                                   residual ? residual + row * ldr + column : NULL, ldr};
     out += row * ldo + column;
-    if (layer->precision == FB_INT8) {
+    if (layer->format == FB_FORMAT_S8) {
         quantize(b, x, layer->in, ldx, spare);
         kernels->gemm_s8->run(m, n, layer->in, b->ws->q + row * b->model->ld_q, b->model->ld_q, b->ws->q_scale + row,
                               b->ws->q_zero + row, packed + kernels->gemm_s8->packed_bytes(column, layer->in),
                               &epilogue, out, ldo);
+    } else if (layer->format == FB_FORMAT_SPLIT) {
+        kernels->gemm_split->run(m, n, layer->in, x + row * ldx, ldx,
+                                 packed + kernels->gemm_split->packed_bytes(column, layer->in), &epilogue, out, ldo,
+                                 b->ws->split + (size_t)FB_SPLIT_SCRATCH * (size_t)b->team->rank);
     } else {
         kernels->gemm_f32->run(m, n, layer->in, x + row * ldx, ldx,
                                packed + kernels->gemm_f32->packed_bytes(column, layer->in), &epilogue, out, ldo);

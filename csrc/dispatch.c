@@ -49,6 +49,8 @@ static void inherit(fb_kernels *merged, const fb_kernels *row)
     FB_INHERIT(quantize_u8)
     FB_INHERIT(mix_quantize_u8)
     FB_INHERIT(gemm_s8)
+    if (row->gemm_split != NULL && (row->gemm_split->needs & ~fb_cpu_features()) == 0)
+        FB_INHERIT(gemm_split)
 #undef FB_INHERIT
 }
 

@@ -8,7 +8,7 @@
  *   Errors   none: the caller has checked shapes.
  *   Threads  re-entrant: no globals, no allocation, no threads of their own. The caller splits the work.
  *   Memory   nothing outside the described elements is read or written.
- *   Numbers  the same bits in every kernel set: the order of float32 operations is part of the contract.
+ *   Numbers  the same bits in every kernel set that has the op: the order of float32 operations is part of the contract.
  *            Multiply-adds are fused (one rounding) exactly where the contract writes fma(a, b, c).
  */
 #ifndef FB_KERNELS_H
@@ -56,6 +56,39 @@ typedef struct fb_gemm_f32 {
     void (*run)(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const float *a, ptrdiff_t lda, const void *packed,
                 const fb_epilogue *epilogue, float *c, ptrdiff_t ldc);
 } fb_gemm_f32;
+
+/* gemm_split: the linear layer of gemm_f32 on units that multiply bfloat16 and add in float32.
+ *
+ *   C[i][j] = residual[i][j] + act(sum[i][j] + bias[j]),   sum ~ A * W^T,   operands as gemm_f32's
+ *
+ * Every x of A and W is three bfloat16, x = x1 + x2 + x3: x1 is x rounded, x2 the rest x - x1 rounded, x3 what is left,
+ * ties away from 0. Of nine products six are added; those left out are below 2^-26 of |A||W|. With k padded with zeros:
+ *
+ *   dot(a, w, s)   of 32 steps:  s + (even + odd),  even and odd fma chains from 0 over steps 0 .. 15 and 16 .. 31
+ *   sum[i][j]      panel_0 + panel_1 + ...,   a panel: FB_SPLIT_PANEL steps of k
+ *   panel          s = 0;  for every 32 steps, ascending:  s = dot(a1, w3, s), dot(a1, w2, s), dot(a2, w2, s),
+ *                  dot(a2, w1, s), dot(a3, w1, s);  then for every 32 steps, ascending:  s = dot(a1, w1, s)
+ *
+ * dot, unlike all else here, takes denormals for 0 and flushes them to 0.
+ *
+ * Scratch  of FB_SPLIT_SCRATCH bytes, 64-byte aligned, is the call's own.
+ * Sizes    as gemm_f32. Memory  as gemm_f32. Columns  as gemm_f32.
+ * Numbers  before act, where sum |A||W| is below 2^127, to first order
+ *              |error| <= (16 + 1 + min(k, FB_SPLIT_PANEL) / 32 + k / FB_SPLIT_PANEL + 3) * 2^-24 * (sum |A||W| + |bias|)
+ *                         + 2^-124 * (sum |A| + sum |W|) + 14 k * 2^-126
+ *          the second line only where something is below 2^-100 or so. From 2^128 - 2^119 on, the smallest that bfloat16
+ *          rounds to infinity, an element of A or W counts as infinite; a sum with an infinite or NaN factor is NaN.
+ * Source   Henry, Tang & Heinecke, arXiv:1904.06376. tdpbf16ps: Intel SDM volume 2B.
+ */
+enum { FB_SPLIT_PANEL = 256, FB_SPLIT_SCRATCH = 256 * (FB_SPLIT_PANEL / 32 * 3 + 1) * 64 };
+typedef struct fb_gemm_split {
+    const char *name;
+    uint32_t needs; /* FB_CPU_*, beyond those of the kernel set that brings it */
+    size_t (*packed_bytes)(ptrdiff_t n, ptrdiff_t k);
+    void (*pack)(ptrdiff_t n, ptrdiff_t k, const float *w, ptrdiff_t ldw, void *packed);
+    void (*run)(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const float *a, ptrdiff_t lda, const void *packed,
+                const fb_epilogue *epilogue, float *c, ptrdiff_t ldc, void *scratch);
+} fb_gemm_split;
 
 /* Bytes of K of a packed int8 matrix: K rounded up to the depth of the deepest tile (one AMX tile row). */
 enum { FB_K8 = 64 };
@@ -177,6 +210,7 @@ typedef struct fb_kernels {
     fb_quantize_u8 *quantize_u8;
     fb_mix_quantize_u8 *mix_quantize_u8;
     const fb_gemm_s8 *gemm_s8;
+    const fb_gemm_split *gemm_split; /* NULL in sets and on CPUs without it; then float32 models run on gemm_f32 */
 } fb_kernels;
 
 #endif

@@ -283,14 +283,16 @@ static fb_norm norm(walk *w, const char *prefix, ptrdiff_t n)
 /* `parts` linear layers of [out][in] stacked into one of [parts * out][in], in int8 `mixed` or not. A missing bias is an
  * error unless optional. */
 static fb_linear linear(walk *w, const char *prefix, const char *const *names, int parts, ptrdiff_t out, ptrdiff_t in,
-                        fb_precision precision, int mixed, int bias_optional)
+                        fb_format format, int mixed, int bias_optional)
 {
     char name[160];
     const ptrdiff_t n = parts * out;
     const size_t staging = (size_t)n * (size_t)in * sizeof(float);
-    const size_t packed_bytes =
-        precision == FB_INT8 ? w->kernels->gemm_s8->packed_bytes(n, in) : w->kernels->gemm_f32->packed_bytes(n, in);
-    fb_linear r = {n, in, precision, take(w, packed_bytes), NULL};
+    const fb_kernels *kernels = w->kernels;
+    const size_t packed_bytes = format == FB_FORMAT_S8      ? kernels->gemm_s8->packed_bytes(n, in)
+                                : format == FB_FORMAT_SPLIT ? kernels->gemm_split->packed_bytes(n, in)
+                                                            : kernels->gemm_f32->packed_bytes(n, in);
+    fb_linear r = {n, in, format, take(w, packed_bytes), NULL};
     float *bias = NULL;
     if (staging > w->staging_bytes)
         w->staging_bytes = staging;
@@ -314,23 +316,35 @@ static fb_linear linear(walk *w, const char *prefix, const char *const *names, i
     }
     if (w->status != FB_OK || w->block == NULL)
         return r;
-    if (precision == FB_FP32) {
-        w->kernels->gemm_f32->pack(n, in, w->staging, in, 1, (void *)r.packed);
+    if (format == FB_FORMAT_F32) {
+        kernels->gemm_f32->pack(n, in, w->staging, in, 1, (void *)r.packed);
+        return r;
+    }
+    if (format == FB_FORMAT_SPLIT) {
+        kernels->gemm_split->pack(n, in, w->staging, in, (void *)r.packed);
         return r;
     }
     const float gain = mixed ? fb_mix_gain(in) : 1.0f;
     if (mixed)
-        w->kernels->mix_f32(n, in, w->staging, in, w->staging, in);
+        kernels->mix_f32(n, in, w->staging, in, w->staging, in);
     for (ptrdiff_t j = 0; j < n; j++)
         w->scales[j] = quantize_row(in, w->staging + j * in, w->staging_s8 + j * in) / gain;
-    w->kernels->gemm_s8->pack(n, in, w->staging_s8, in, w->scales, (void *)r.packed);
+    kernels->gemm_s8->pack(n, in, w->staging_s8, in, w->scales, (void *)r.packed);
     return r;
+}
+
+fb_format fb_encoder_format(const fb_config *config, const fb_kernels *kernels)
+{
+    if (config->precision == FB_INT8)
+        return FB_FORMAT_S8;
+    return kernels->gemm_split != NULL && !config->strict ? FB_FORMAT_SPLIT : FB_FORMAT_F32;
 }
 
 static void walk_model(walk *w, const fb_config *c, ptrdiff_t pooled_dim, fb_weights *out)
 {
     static const char *const qkv[] = {"query", "key", "value"}, *const itself[] = {""};
     const ptrdiff_t hidden = c->hidden_size;
+    const fb_format format = fb_encoder_format(c, w->kernels);
     char prefix[128];
 
     w->used = 0;
@@ -345,26 +359,25 @@ static void walk_model(walk *w, const fb_config *c, ptrdiff_t pooled_dim, fb_wei
     for (int i = 0; i < c->num_hidden_layers && w->status == FB_OK; i++) {
         fb_layer *layer = &out->layers[i];
 #define FB_PREFIX(rest) (snprintf(prefix, sizeof prefix, "encoder.layer.%d." rest, i), prefix)
-        layer->qkv = linear(w, FB_PREFIX("attention.self."), qkv, 3, hidden, hidden, c->precision, 1, 0);
+        layer->qkv = linear(w, FB_PREFIX("attention.self."), qkv, 3, hidden, hidden, format, 1, 0);
         layer->attention_output =
-            linear(w, FB_PREFIX("attention.output.dense"), itself, 1, hidden, hidden, c->precision, 0, 0);
+            linear(w, FB_PREFIX("attention.output.dense"), itself, 1, hidden, hidden, format, 0, 0);
         layer->attention_norm = norm(w, FB_PREFIX("attention.output.LayerNorm"), hidden);
         layer->intermediate =
-            linear(w, FB_PREFIX("intermediate.dense"), itself, 1, c->intermediate_size, hidden, c->precision, 1, 0);
-        layer->output =
-            linear(w, FB_PREFIX("output.dense"), itself, 1, hidden, c->intermediate_size, c->precision, 1, 0);
+            linear(w, FB_PREFIX("intermediate.dense"), itself, 1, c->intermediate_size, hidden, format, 1, 0);
+        layer->output = linear(w, FB_PREFIX("output.dense"), itself, 1, hidden, c->intermediate_size, format, 1, 0);
         layer->output_norm = norm(w, FB_PREFIX("output.LayerNorm"), hidden);
 #undef FB_PREFIX
     }
     memset(&out->pooler, 0, sizeof out->pooler);
     if (find(w, "pooler.dense.weight") != NULL)
-        out->pooler = linear(w, "pooler.dense", itself, 1, hidden, hidden, FB_FP32, 0, 0);
+        out->pooler = linear(w, "pooler.dense", itself, 1, hidden, hidden, FB_FORMAT_F32, 0, 0);
     for (int i = 0; i < c->num_dense && w->status == FB_OK; i++) {
         snprintf(prefix, sizeof prefix, "dense.%d.weight", i);
         const fb_tensor *t = find(w, prefix);
         const ptrdiff_t dim = t != NULL && t->rank == 2 && t->shape[0] > 0 ? (ptrdiff_t)t->shape[0] : 1;
         snprintf(prefix, sizeof prefix, "dense.%d", i);
-        out->dense[i] = linear(w, prefix, itself, 1, dim, pooled_dim, FB_FP32, 0, 1);
+        out->dense[i] = linear(w, prefix, itself, 1, dim, pooled_dim, FB_FORMAT_F32, 0, 1);
         pooled_dim = dim;
     }
 }

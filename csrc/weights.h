@@ -7,11 +7,14 @@
 
 #include "kernels.h"
 
-/* A linear layer y = act(x W^T + bias), W [out][in] packed by the kernel set's gemm_f32, or quantised per row of W and
- * packed by its gemm_s8; all but attention_output are mixed (mix_f32) before that. */
+/* Which of the kernel set's GEMMs a linear layer is packed for. */
+typedef enum fb_format { FB_FORMAT_F32, FB_FORMAT_SPLIT, FB_FORMAT_S8 } fb_format;
+
+/* A linear layer y = act(x W^T + bias), W [out][in] packed by the GEMM of its format; for gemm_s8 quantised per row of W
+ * before that, and all but attention_output mixed (mix_f32) before that. */
 typedef struct fb_linear {
     ptrdiff_t out, in;
-    fb_precision precision;
+    fb_format format;
     const void *packed;
     const float *bias; /* [out] or NULL */
 } fb_linear;
@@ -41,6 +44,9 @@ typedef struct fb_weights {
     fb_linear pooler; /* packed is NULL when the checkpoint has none */
     fb_linear dense[FB_MAX_DENSE];
 } fb_weights;
+
+/* Of the encoder's layers; pooler and dense modules are FB_FORMAT_F32. */
+fb_format fb_encoder_format(const fb_config *config, const fb_kernels *kernels);
 
 /* pooled_dim: the length that the first dense module takes. On failure nothing is held. */
 fb_status fb_weights_load(fb_weights *weights, const fb_config *config, ptrdiff_t pooled_dim, const fb_kernels *kernels,

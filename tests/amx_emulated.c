@@ -9,6 +9,7 @@
  * isa.def without those of AMX itself. AVX-512 is real.
  */
 #include <immintrin.h>
+#include <math.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -89,18 +90,25 @@ static void emulated_stored(int tile, void *memory, ptrdiff_t stride)
 /* Its own arrays are all it touches, and a sanitizer would make it ten times as slow. */
 #define UNCHECKED __attribute__((no_sanitize("address"))) __attribute__((no_sanitize("undefined")))
 
+static int fit(const char *instruction, int sums, int a, int w)
+{
+    if (sums == a || sums == w || a == w)
+        FAULT("%s %d %d %d: one tile twice", instruction, sums, a, w);
+    else if (cpu.row_bytes[sums] % 4 || cpu.row_bytes[a] % 4 || cpu.row_bytes[w] % 4 || cpu.rows[sums] != cpu.rows[a] ||
+             cpu.row_bytes[sums] != cpu.row_bytes[w] || cpu.row_bytes[a] / 4 != cpu.rows[w])
+        FAULT("%s %d %d %d: %dx%d, %dx%d, %dx%d bytes do not fit", instruction, sums, a, w, cpu.rows[sums],
+              cpu.row_bytes[sums], cpu.rows[a], cpu.row_bytes[a], cpu.rows[w], cpu.row_bytes[w]);
+    else
+        return 1;
+    return 0;
+}
+
 /* sums[i][j] += sum over p and four bytes q of a[i][4 p + q] (unsigned) * w[p][4 j + q] (signed) */
 UNCHECKED static void emulated_dpbusd(int sums, int a, int w)
 {
     if (!shaped("tdpbusd", sums) || !shaped("tdpbusd", a) || !shaped("tdpbusd", w))
         return;
-    if (sums == a || sums == w || a == w)
-        FAULT("tdpbusd %d %d %d: one tile twice", sums, a, w);
-    else if (cpu.row_bytes[sums] % 4 || cpu.row_bytes[a] % 4 || cpu.row_bytes[w] % 4 || cpu.rows[sums] != cpu.rows[a] ||
-             cpu.row_bytes[sums] != cpu.row_bytes[w] || cpu.row_bytes[a] / 4 != cpu.rows[w])
-        FAULT("tdpbusd %d %d %d: %dx%d, %dx%d, %dx%d bytes do not fit", sums, a, w, cpu.rows[sums], cpu.row_bytes[sums],
-              cpu.rows[a], cpu.row_bytes[a], cpu.rows[w], cpu.row_bytes[w]);
-    else {
+    if (fit("tdpbusd", sums, a, w)) {
         cpu.multiplied_rows += cpu.rows[a];
         for (int i = 0; i < cpu.rows[a]; i++) {
             uint32_t row[ROW_BYTES / 4];
@@ -114,16 +122,49 @@ UNCHECKED static void emulated_dpbusd(int sums, int a, int w)
     }
 }
 
+static float flushed(float x) { return fabsf(x) < 0x1p-126f ? 0.0f : x; }
+static float bf16(const uint8_t *p)
+{
+    const uint32_t word = (uint32_t)p[0] << 16 | (uint32_t)p[1] << 24;
+    float x;
+    memcpy(&x, &word, sizeof x);
+    return flushed(x);
+}
+
+/* sums[i][j] += even + odd, fma chains over p of a[i][2 p + q] * w[p][2 j + q], q = 0 and 1; denormals are 0 throughout. */
+UNCHECKED static void emulated_dpbf16ps(int sums, int a, int w)
+{
+    if (!shaped("tdpbf16ps", sums) || !shaped("tdpbf16ps", a) || !shaped("tdpbf16ps", w))
+        return;
+    if (!fit("tdpbf16ps", sums, a, w))
+        return;
+    cpu.multiplied_rows += cpu.rows[a];
+    for (int i = 0; i < cpu.rows[a]; i++) {
+        float row[ROW_BYTES / 4], chains[ROW_BYTES / 4][2] = {{0}};
+        memcpy(row, cpu.bytes[sums][i], sizeof row);
+        for (int p = 0; p < cpu.rows[w]; p++)
+            for (int j = 0; j < cpu.row_bytes[w] / 4; j++)
+                for (int q = 0; q < 2; q++)
+                    chains[j][q] = flushed(fmaf(bf16(cpu.bytes[a][i] + 4 * p + 2 * q),
+                                                bf16(cpu.bytes[w][p] + 4 * j + 2 * q), chains[j][q]));
+        for (int j = 0; j < cpu.row_bytes[w] / 4; j++)
+            row[j] = flushed(flushed(row[j]) + flushed(chains[j][0] + chains[j][1]));
+        memcpy(cpu.bytes[sums][i], row, sizeof row);
+    }
+}
+
 #undef _tile_loadconfig
 #undef _tile_release
 #undef _tile_loadd
 #undef _tile_stored
 #undef _tile_dpbusd
+#undef _tile_dpbf16ps
 #define _tile_loadconfig emulated_loadconfig
 #define _tile_release emulated_release
 #define _tile_loadd emulated_loadd
 #define _tile_stored emulated_stored
 #define _tile_dpbusd emulated_dpbusd
+#define _tile_dpbf16ps emulated_dpbf16ps
 
 #include "kernels/amx.c"
 
@@ -149,4 +190,21 @@ void amx_run(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const uint8_t *a, ptrdiff_t 
 {
     const fb_epilogue epilogue = {bias, (fb_act)act, residual, ldr};
     fb_kernels_amx.gemm_s8->run(m, n, k, a, lda, scale_a, zero, packed, &epilogue, c, ldc);
+}
+
+const char *amx_split_name(void) { return fb_kernels_amx.gemm_split->name; }
+
+size_t amx_split_packed_bytes(ptrdiff_t n, ptrdiff_t k) { return fb_kernels_amx.gemm_split->packed_bytes(n, k); }
+
+void amx_split_pack(ptrdiff_t n, ptrdiff_t k, const float *w, ptrdiff_t ldw, void *packed)
+{
+    fb_kernels_amx.gemm_split->pack(n, k, w, ldw, packed);
+}
+
+void amx_split_run(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const float *a, ptrdiff_t lda, const void *packed,
+                   const float *bias, int act, const float *residual, ptrdiff_t ldr, float *c, ptrdiff_t ldc,
+                   void *scratch)
+{
+    const fb_epilogue epilogue = {bias, (fb_act)act, residual, ldr};
+    fb_kernels_amx.gemm_split->run(m, n, k, a, lda, packed, &epilogue, c, ldc, scratch);
 }

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbert._kernels import CHAIN, KernelSet, k8
+from fastbert._kernels import CHAIN, SPLIT_PANEL, SPLIT_SCRATCH, KernelSet, k8
 from tests.reference import GATES
 
 F32 = NDArray[np.float32]
@@ -379,6 +379,88 @@ class GemmF32(Linear):
 
     def wrong_sums(self, operands: Operands) -> Iterator[tuple[str, Operands]]:
         yield "last product left out", {**operands, "a": operands["a"] * (np.arange(self.k) < self.k - 1)}
+
+
+@dataclass(frozen=True)
+class GemmSplit(GemmF32):
+    """The same sums on bfloat16: six products of the three parts of a and w."""
+
+    op: ClassVar[str] = "gemm_split"
+    PAIRS: ClassVar = (
+        (0, 2),
+        (0, 1),
+        (1, 1),
+        (1, 0),
+        (2, 0),
+        (0, 0),
+    )  # parts of a and of w; the last in a pass of its own
+
+    def packed_bytes(self, kernels: KernelSet, n: int) -> int:
+        return kernels.packed_bytes_split(n, self.k)
+
+    def pack(self, kernels: KernelSet, operands: Operands, packed: NDArray[np.uint8]) -> None:
+        kernels.pack_split(operands["w"], packed)
+
+    def bind(self, kernels: KernelSet, operands: Operands, out: F32, place: Place = aligned) -> Callable[[int], None]:
+        packed = place("packed", np.zeros(self.packed_bytes(kernels, self.n), np.uint8))
+        scratch = place("scratch", np.full(SPLIT_SCRATCH, 0xFF, np.uint8))
+        self.pack(kernels, operands, packed)
+        fused = operands.get("bias"), self.act, operands.get("residual")
+        return lambda repeat: kernels.gemm_split(operands["a"], packed, out, scratch, *fused, repeat)
+
+    def multiply(
+        self, kernels: KernelSet, operands: Operands, packed: NDArray[np.uint8], out: F32, repeat: int = 1
+    ) -> None:
+        scratch = aligned("scratch", np.full(SPLIT_SCRATCH, 0xFF, np.uint8))
+        fused = operands.get("bias"), self.act, operands.get("residual")
+        kernels.gemm_split(operands["a"], packed, out, scratch, *fused, repeat)
+
+    def sum_bound(self, operands: Operands) -> F64:
+        """The chains of 16, their sum, the tiles of a panel, the panels, the bias; what is below 2^-126 is lost: of a
+        factor two parts, and each of 14 results for a step of k. The products left out are the 1 of 3."""
+        a, w = np.abs(operands["a"]).astype(np.float64), np.abs(operands["w"]).T.astype(np.float64)
+        magnitude = a @ w + np.abs(operands.get("bias", 0.0))
+        roundings = 16 + 1 + min(self.k, SPLIT_PANEL) / 32 + self.k / SPLIT_PANEL + 3
+        lost = 2.0**-124 * (a.sum(axis=1, keepdims=True) + w.sum(axis=0)) + 14 * self.k * 2.0**-126
+        return roundings * U * magnitude + lost + TINY
+
+    @staticmethod
+    def parts(x: F32) -> list[F32]:
+        """Three bfloat16 that add up to x, ties away from 0."""
+        found = []
+        for _ in range(3):
+            rounded = ((x.view(np.uint32) + np.uint32(0x8000)) & np.uint32(0xFFFF0000)).view(np.float32)
+            found.append(rounded)
+            x = x - rounded
+        return found
+
+    def sum_bits(self, operands: Operands) -> F32:
+        """The product of two bfloat16 is exact in float32, so that a sum with it is an fma."""
+
+        def flushed(x: F32) -> F32:
+            return np.where(np.abs(x) < np.float32(2.0**-126), np.float32(0), x)
+
+        def blocks(x: F32) -> list[F32]:  # [blocks][2][16][rows], of each part
+            padded = np.zeros((len(x), -(-self.k // 32) * 32), np.float32)
+            padded[:, : self.k] = x
+            shape = padded.shape[1] // 32, 2, 16, len(x)
+            return [flushed(part).T.reshape(shape) for part in self.parts(padded)]
+
+        a, w = blocks(operands["a"]), blocks(operands["w"])
+        total, per_panel = np.zeros(self.out_shape(), np.float32), SPLIT_PANEL // 32
+        for begin in range(0, len(a[0]), per_panel):
+            terms = []
+            for of_a, of_w in self.PAIRS:
+                x, y = a[of_a][begin : begin + per_panel], w[of_w][begin : begin + per_panel]
+                chains = np.zeros((*x.shape[:2], self.m, self.n), np.float32)
+                for p in range(16):
+                    chains = flushed(chains + x[:, :, p, :, None] * y[:, :, p, None, :])
+                terms.append(flushed(chains[:, 0] + chains[:, 1]))
+            panel = np.zeros_like(total)
+            for term in (*(of_pair[i] for i in range(len(terms[0])) for of_pair in terms[:5]), *terms[5]):
+                panel = flushed(panel + term)
+            total = total + panel if begin else panel
+        return total + operands.get("bias", np.float32(0))
 
 
 @dataclass(frozen=True)
@@ -913,5 +995,6 @@ class MixQuantizeU8:
 
 
 OPS: dict[str, type[Case]] = {
-    op.op: op for op in (GemmF32, GemmS8, SoftmaxF32, SoftmaxU8, LayerNormF32, MixF32, QuantizeU8, MixQuantizeU8)
+    op.op: op
+    for op in (GemmF32, GemmSplit, GemmS8, SoftmaxF32, SoftmaxU8, LayerNormF32, MixF32, QuantizeU8, MixQuantizeU8)
 }

@@ -59,7 +59,7 @@ def rows_of(x: NDArray[Any] | None) -> tuple[int | None, int]:
 
 
 class EmulatedAmx(KernelSet):
-    """The int8 GEMM of amx.c on the model, all else from the set below. A fault or a tile left in use is an error."""
+    """The GEMMs of amx.c on the model, all else from the set below. A fault or a tile left in use is an error."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         super().__init__("avx512")
@@ -71,6 +71,14 @@ class EmulatedAmx(KernelSet):
         library.amx_run.argtypes = [size] * 3 + [address, size, address, address, address, address, ctypes.c_int]
         library.amx_run.argtypes += [address, size, address, size]
         library.amx_run.restype = None
+        library.amx_split_packed_bytes.argtypes = [size, size]
+        library.amx_split_packed_bytes.restype = ctypes.c_size_t
+        library.amx_split_pack.argtypes = [size, size, address, size, address]
+        library.amx_split_pack.restype = None
+        library.amx_split_run.argtypes = [size] * 3 + [address, size, address, address, ctypes.c_int]
+        library.amx_split_run.argtypes += [address, size, address, size, address]
+        library.amx_split_run.restype = None
+        library.amx_split_name.restype = ctypes.c_char_p
         library.amx_name.restype = library.emulated_fault.restype = ctypes.c_char_p
         library.emulated_multiplied_rows.restype = ctypes.c_int64
         self.library = library
@@ -106,6 +114,34 @@ class EmulatedAmx(KernelSet):
         self.library.amx_run(
             m, n, k, *factors, None if bias is None else bias.ctypes.data, ACTS[act], *rows_of(residual), *rows_of(out)
         )
+        assert self.library.emulated_fault() == b""
+        assert not self.library.emulated_in_use(), "tiles are not released"
+
+    @property
+    def gemm_split_name(self) -> str:
+        return self.library.amx_split_name().decode()
+
+    def packed_bytes_split(self, n: int, k: int) -> int:
+        return self.library.amx_split_packed_bytes(n, k)
+
+    def pack_split(self, w: NDArray[np.float32], packed: NDArray[np.uint8], repeat: int = 1) -> None:
+        self.library.amx_split_pack(*w.shape, *rows_of(w), packed.ctypes.data)
+
+    def gemm_split(
+        self,
+        a: NDArray[np.float32],
+        packed: NDArray[np.uint8],
+        out: NDArray[np.float32],
+        scratch: NDArray[np.uint8],
+        bias: NDArray[np.float32] | None = None,
+        act: str = "none",
+        residual: NDArray[np.float32] | None = None,
+        repeat: int = 1,
+    ) -> None:
+        (m, n), k = out.shape, a.shape[1]
+        fused = None if bias is None else bias.ctypes.data, ACTS[act], *rows_of(residual)
+        self.library.emulated_start()
+        self.library.amx_split_run(m, n, k, *rows_of(a), packed.ctypes.data, *fused, *rows_of(out), scratch.ctypes.data)
         assert self.library.emulated_fault() == b""
         assert not self.library.emulated_in_use(), "tiles are not released"
 

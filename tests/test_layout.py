@@ -30,7 +30,8 @@ C_ARROWS = {
     "bert": "weights pooling threads dispatch error fastbert",
 }
 KERNEL_ARROWS = {
-    ".c": "cpu kernels activations.inc epilogue.inc gemm_f32.inc gemm_s8.inc rows.inc",  # and one simd_*.h
+    # and one simd_*.h
+    ".c": "cpu kernels activations.inc epilogue.inc gemm_f32.inc gemm_s8.inc gemm_split.inc rows.inc",
     ".h": "unroll",
 }
 

@@ -1,4 +1,5 @@
-/* amx.c: kernels for x86-64 with AMX-INT8 (Intel Sapphire Rapids 2023 and later). gemm_s8 alone; all else is inherited.
+/* amx.c: kernels for x86-64 with AMX-INT8 (Intel Sapphire Rapids 2023 and later): gemm_s8, and where the CPU has AMX-BF16,
+ * too, gemm_split, in gemm_split.inc.h; all else is inherited.
  *
  * A tile register holds 16 rows of 64 bytes. tdpbusd multiplies a tile of A, 16 rows by 64 steps of k, by a tile of W, 16
  * columns by the same steps, and adds to 16x16 int32, exactly. A strip of packed W (gemm_s8.inc.h) is, for every 64 steps
@@ -350,6 +351,11 @@ static void gemm_s8_any(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const uint8_t *a,
 }
 
 static const fb_gemm_s8 gemm_s8 = {"gemm_s8_32x32_amx", s8_packed_bytes_amx, s8_pack_amx, s8_pack_f32_amx, gemm_s8_any};
+
+#include "gemm_split.inc.h"
+
+static const fb_gemm_split gemm_split = {"gemm_split_32x32_amx", FB_CPU_AMXBF16, split_packed_bytes, split_pack,
+                                         gemm_split_amx};
 #endif
 
 const fb_kernels fb_kernels_amx = {
@@ -358,5 +364,6 @@ const fb_kernels fb_kernels_amx = {
              FB_CPU_F16C | FB_CPU_AMXTILE | FB_CPU_AMXINT8,
 #ifdef __x86_64__
     .gemm_s8 = &gemm_s8,
+    .gemm_split = &gemm_split,
 #endif
 };

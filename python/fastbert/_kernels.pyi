@@ -5,6 +5,8 @@ from numpy.typing import NDArray
 
 CHAIN: Final[int]
 STRIP: Final[int]
+SPLIT_PANEL: Final[int]
+SPLIT_SCRATCH: Final[int]
 ACTS: Final[dict[str, int]]
 
 class KernelSet:
@@ -20,6 +22,21 @@ class KernelSet:
         a: NDArray[np.float32],
         packed: NDArray[np.uint8],
         out: NDArray[np.float32],
+        bias: NDArray[np.float32] | None = None,
+        act: str = "none",
+        residual: NDArray[np.float32] | None = None,
+        repeat: int = 1,
+    ) -> None: ...
+    @property
+    def gemm_split_name(self) -> str | None: ...
+    def packed_bytes_split(self, n: int, k: int) -> int: ...
+    def pack_split(self, w: NDArray[np.float32], packed: NDArray[np.uint8], repeat: int = 1) -> None: ...
+    def gemm_split(
+        self,
+        a: NDArray[np.float32],
+        packed: NDArray[np.uint8],
+        out: NDArray[np.float32],
+        scratch: NDArray[np.uint8],
         bias: NDArray[np.float32] | None = None,
         act: str = "none",
         residual: NDArray[np.float32] | None = None,

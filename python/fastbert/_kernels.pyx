@@ -18,6 +18,8 @@ cdef extern from "fastbert.h" nogil:
 cdef extern from "kernels.h" nogil:
     enum: FB_CHAIN
     enum: FB_STRIP
+    enum: FB_SPLIT_PANEL
+    enum: FB_SPLIT_SCRATCH
     ptrdiff_t fb_k8(ptrdiff_t k)
     float fb_mix_gain(ptrdiff_t n)
     ctypedef struct fb_epilogue:
@@ -42,6 +44,12 @@ cdef extern from "kernels.h" nogil:
         void (*run)(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const uint8_t *a, ptrdiff_t lda, const float *scale_a,
                     const int32_t *zero, const void *packed, const fb_epilogue *epilogue, float *c,
                     ptrdiff_t ldc) noexcept nogil
+    ctypedef struct fb_gemm_split:
+        const char *name
+        size_t (*packed_bytes)(ptrdiff_t n, ptrdiff_t k) noexcept nogil
+        void (*pack)(ptrdiff_t n, ptrdiff_t k, const float *w, ptrdiff_t ldw, void *packed) noexcept nogil
+        void (*run)(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const float *a, ptrdiff_t lda, const void *packed,
+                    const fb_epilogue *epilogue, float *c, ptrdiff_t ldc, void *scratch) noexcept nogil
     ctypedef struct fb_kernels:
         const char *isa
         const fb_gemm_f32 *gemm_f32
@@ -57,6 +65,7 @@ cdef extern from "kernels.h" nogil:
         void (*mix_quantize_u8)(ptrdiff_t rows, ptrdiff_t k, const float *x, ptrdiff_t ldx, float *y, ptrdiff_t ldy,
                                 uint8_t *q, ptrdiff_t ldq, float *scale, int32_t *zero) noexcept nogil
         const fb_gemm_s8 *gemm_s8
+        const fb_gemm_split *gemm_split
 
 cdef extern from "dispatch.h" nogil:
     ctypedef struct fb_isa_row:
@@ -78,6 +87,8 @@ cdef extern from "threads.h" nogil:
 
 CHAIN = FB_CHAIN
 STRIP = FB_STRIP
+SPLIT_PANEL = FB_SPLIT_PANEL
+SPLIT_SCRATCH = FB_SPLIT_SCRATCH
 ACTS = {
     "none": FB_ACT_NONE,
     "gelu": FB_ACT_GELU,
@@ -209,6 +220,37 @@ cdef class KernelSet:
         with nogil:
             for _ in range(repeat):
                 self.k.gemm_f32.run(m, n, k, &a[0, 0], lda, &packed[0], &epilogue, &out[0, 0], ldc)
+
+    @property
+    def gemm_split_name(self):
+        """For example "gemm_split_32x32_amx"; None in a set without one, which has none of the next three either."""
+        return None if self.k.gemm_split is NULL else self.k.gemm_split.name.decode()
+
+    def packed_bytes_split(self, Py_ssize_t n, Py_ssize_t k):
+        """Bytes of W [n][k] as gemm_split wants it."""
+        return self.k.gemm_split.packed_bytes(n, k)
+
+    def pack_split(self, const float[:, :] w, unsigned char[::1] packed, Py_ssize_t repeat=1):
+        """Packs w [n][k] into packed [packed_bytes_split(n, k)], 64-byte aligned."""
+        cdef Py_ssize_t n = w.shape[0], k = w.shape[1], _
+        cdef Py_ssize_t ldw = row_stride("w", w, n, k)
+        check_packed(packed, self.k.gemm_split.packed_bytes(n, k), n, k)
+        with nogil:
+            for _ in range(repeat):
+                self.k.gemm_split.pack(n, k, &w[0, 0], ldw, &packed[0])
+
+    def gemm_split(self, const float[:, :] a, const unsigned char[::1] packed, float[:, :] out, scratch,
+                   const float[::1] bias=None, str act="none", const float[:, :] residual=None, Py_ssize_t repeat=1):
+        """As gemm_f32; scratch: SPLIT_SCRATCH bytes, 64-byte aligned."""
+        cdef Py_ssize_t m = a.shape[0], k = a.shape[1], n = out.shape[1], _
+        cdef Py_ssize_t lda = row_stride("a", a, m, k), ldc = row_stride("out", out, m, n)
+        cdef fb_epilogue epilogue = epilogue_of(bias, act, residual, m, n)
+        cdef unsigned char[::1] room = scratch
+        check_packed(packed, self.k.gemm_split.packed_bytes(n, k), n, k)
+        check_packed(room, FB_SPLIT_SCRATCH, n, k)
+        with nogil:
+            for _ in range(repeat):
+                self.k.gemm_split.run(m, n, k, &a[0, 0], lda, &packed[0], &epilogue, &out[0, 0], ldc, &room[0])
 
     def softmax_f32(self, float[:, :] x, float scale, Py_ssize_t repeat=1):
         """Rows of x [rows][n] become softmax(scale * x), in place; n >= 1."""

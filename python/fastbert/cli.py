@@ -83,9 +83,19 @@ def _add_model_arguments(parser: argparse.ArgumentParser, default: str | None = 
 
 
 def _add_load_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_strict(parser)
     parser.add_argument("--threads", type=int, metavar="N", help="threads per call (default: what the machine grants)")
     parser.add_argument("--max-seq-length", type=int, metavar="N", help="tokens per text (default: the model's)")
     _add_hub_arguments(parser)
+
+
+def _add_strict(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--strict",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="fp32: the bits of all CPUs; --no-strict: AMX-BF16 where the CPU has it (default: --strict)",
+    )
 
 
 def _add_hub_arguments(parser: argparse.ArgumentParser) -> None:
@@ -95,7 +105,7 @@ def _add_hub_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _load(kind: type[Model], args: argparse.Namespace, **options: Any) -> Model:
-    names = ("precision", "threads", "max_seq_length", "revision", "cache_dir", "local_files_only")
+    names = ("precision", "strict", "threads", "max_seq_length", "revision", "cache_dir", "local_files_only")
     return kind(args.model, **{name: getattr(args, name) for name in names} | options)
 
 
@@ -353,6 +363,7 @@ def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--texts", type=_numbers, default=(1, 8), metavar="N,..", help="of a batch (default: 1,8)")
     parser.add_argument("--precision", choices=("fp32", "int8"), help="default: both")
+    _add_strict(parser)
     parser.add_argument("--threads", type=int, metavar="N", help="threads per call (default: what the machine grants)")
     parser.add_argument(
         "--against",
@@ -380,7 +391,7 @@ def _bench(args: argparse.Namespace) -> None:
     hub_options = {name: getattr(args, name) for name in ("revision", "cache_dir", "local_files_only")}
     runners: dict[str, Run] = {}
     for precision in (args.precision,) if args.precision else ("fp32", "int8"):
-        encoder = Encoder(args.model, precision=precision, threads=args.threads, **hub_options)
+        encoder = Encoder(args.model, precision=precision, strict=args.strict, threads=args.threads, **hub_options)
         runners[f"fastbert {precision}"] = fastbert_runner(encoder)
     info = encoder.info()
     for name, numbers, most in (("tokens", args.tokens, info["max_position_embeddings"]), ("texts", args.texts, None)):

@@ -102,6 +102,11 @@ class Encoder(Pretrained):
     precision : {"fp32", "int8"}
         "int8" quantises weights while loading and activations per token: a quarter of the memory, faster,
         and close to float32 (all-MiniLM-L6-v2: cosine 0.9996 on average). Results are float32 in both.
+    strict : bool, default True
+        False lets "fp32" use faster arithmetic of the same accuracy where the CPU has it, to bits that other CPUs do
+        not have: on AMX-BF16 the linear layers multiply each number as a sum of three bfloat16. Layers of 768 are
+        1.07 times as fast for 64 tokens in a batch and 1.36 times for 128, but half as fast for 16 and fewer.
+        Without effect on other CPUs and on "int8".
     threads : int, optional
         Threads per call, at least 1. Default: `fastbert.get_num_threads()` at the time of the call.
     max_seq_length : int, optional
@@ -135,6 +140,7 @@ class Encoder(Pretrained):
         model: str | os.PathLike[str] | None = None,
         *,
         precision: Literal["fp32", "int8"] = "fp32",
+        strict: bool = True,
         threads: int | None = None,
         max_seq_length: int | None = None,
         revision: str | None = None,
@@ -145,6 +151,7 @@ class Encoder(Pretrained):
         super().__init__(
             model,
             precision,
+            strict,
             threads,
             max_seq_length,
             token,

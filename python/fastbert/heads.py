@@ -115,7 +115,7 @@ class TaskModel(Pretrained):
         A folder with a Hugging Face BERT model that has this head, which never touches the network, or a hub id.
     precision : {"fp32", "int8"}
         Of the encoder. The head is float32 in both, read from the checkpoint as it is.
-    threads, max_seq_length, revision, cache_dir, local_files_only, token
+    strict, threads, max_seq_length, revision, cache_dir, local_files_only, token
         As in `Encoder`.
 
     Raises
@@ -134,6 +134,7 @@ class TaskModel(Pretrained):
         model: str | os.PathLike[str],
         *,
         precision: Literal["fp32", "int8"] = "fp32",
+        strict: bool = True,
         threads: int | None = None,
         max_seq_length: int | None = None,
         revision: str | None = None,
@@ -146,6 +147,7 @@ class TaskModel(Pretrained):
         super().__init__(
             model,
             precision,
+            strict,
             threads,
             max_seq_length,
             token,

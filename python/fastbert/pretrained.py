@@ -49,12 +49,14 @@ class Pretrained(ABC):
         self,
         model: str | os.PathLike[str] | None,
         precision: str,
+        strict: bool,
         threads: int | None,
         max_seq_length: int | None,
         token: str | bool | None,
         **hub_options: Any,
     ) -> None:
         self.precision = one_of("precision", precision, ("fp32", "int8"))
+        self.strict = bool(strict)
         self.threads = None if threads is None else positive("threads", threads)
         self._hub = hub_options
         self.folder = hub.resolve(model, **hub_options, token=token)
@@ -85,7 +87,9 @@ class Pretrained(ABC):
 
     def _build(self, tensors: Mapping[str, Tensor], **after: Any) -> None:
         """Pack the weights; `after` says what stands after the encoder (pooling, dense, normalize of _core.Model)."""
-        self._model = _core.Model(asdict(self.config) | {"precision": self.precision} | after, tensors)
+        self._model = _core.Model(
+            asdict(self.config) | {"precision": self.precision, "strict": self.strict} | after, tensors
+        )
 
     @classmethod
     def from_pretrained(cls, model: str | os.PathLike[str] | None = None, **options: Any) -> Any:
@@ -106,6 +110,7 @@ class Pretrained(ABC):
             "model": self.model,
             "folder": str(self.folder),
             "precision": self.precision,
+            "strict": self.strict,
             **asdict(self.config),
             "has_pooler": self._model.has_pooler,
             "max_seq_length": self.max_seq_length,
@@ -122,6 +127,7 @@ class Pretrained(ABC):
             type(self),
             self.model,
             precision=self.precision,
+            strict=self.strict,
             threads=self.threads,
             max_seq_length=self.max_seq_length,
             **self._hub,
