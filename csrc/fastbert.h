@@ -73,7 +73,7 @@ typedef struct fb_config {
     ptrdiff_t vocab_size, hidden_size, num_hidden_layers, num_attention_heads, intermediate_size;
     ptrdiff_t max_position_embeddings, type_vocab_size;
     fb_precision precision;
-    int strict; /* FB_FP32: no gemm_split (kernels.h), so that the bits are those of every other kernel set */
+    int relaxed; /* FB_FP32: gemm_split (kernels.h) where the CPU has it; the bits are then those of that unit alone */
     float layer_norm_eps;
     fb_act hidden_act;
     int pooling;   /* FB_POOL_* bits; 0: no sentence vectors */

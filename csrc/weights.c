@@ -337,7 +337,7 @@ fb_format fb_encoder_format(const fb_config *config, const fb_kernels *kernels)
 {
     if (config->precision == FB_INT8)
         return FB_FORMAT_S8;
-    return kernels->gemm_split != NULL && !config->strict ? FB_FORMAT_SPLIT : FB_FORMAT_F32;
+    return kernels->gemm_split != NULL && config->relaxed ? FB_FORMAT_SPLIT : FB_FORMAT_F32;
 }
 
 static void walk_model(walk *w, const fb_config *c, ptrdiff_t pooled_dim, fb_weights *out)

@@ -50,7 +50,7 @@ cdef extern from "fastbert.h" nogil:
         ptrdiff_t vocab_size, hidden_size, num_hidden_layers, num_attention_heads, intermediate_size
         ptrdiff_t max_position_embeddings, type_vocab_size
         fb_precision precision
-        int strict
+        int relaxed
         float layer_norm_eps
         fb_act hidden_act
         int pooling
@@ -198,7 +198,7 @@ cdef class Model:
     """A packed, read-only encoder; forward() may be called from many threads at once.
 
     config: the numbers of config.json under their own names, "hidden_act" (none gelu gelu_tanh relu silu tanh),
-    "precision" (fp32 int8), "strict" (fastbert.h), "pooling" (names of pooling modes), "dense" (activation names, tensors dense.<i>.weight and .bias), "normalize".
+    "precision" (fp32 int8), "strict" (not relaxed, fastbert.h), "pooling" (names of pooling modes), "dense" (activation names, tensors dense.<i>.weight and .bias), "normalize".
     tensors: name -> (buffer, dtype, shape[, strides]), dtype one of F32 F16 BF16 F64, strides in elements (None: C
     order), names without prefix. The buffers are not needed afterwards. isa: the kernel set; None follows FASTBERT_ISA, else takes the best.
     Raises ValueError naming the entry or tensor and what was expected; MemoryError.
@@ -228,7 +228,7 @@ cdef class Model:
         c.max_position_embeddings = config["max_position_embeddings"]
         c.type_vocab_size = config["type_vocab_size"]
         c.precision = <fb_precision>lookup(PRECISIONS, config.get("precision", "fp32"), "precision")
-        c.strict = bool(config.get("strict", True))
+        c.relaxed = not config.get("strict", True)
         c.layer_norm_eps = config["layer_norm_eps"]
         c.hidden_act = <fb_act>lookup(ACTIVATIONS, config["hidden_act"], "hidden_act")
         c.pooling = 0
