@@ -194,7 +194,12 @@ def gemm_s8_cases() -> list[Linear]:
     ]
     sizes = [*((13, 70, k) for k in (1, 3, 4, 63, 64, 65, 768, 3072)), *((mn, mn, 32768) for mn in range(1, 17))]
     extreme = [GemmS8(*size, extreme=True) for size in sizes]
-    return [*fused(shapes, GemmS8), *extreme, GemmS8(13, 70, 3072, "gelu", True, True, extreme=True)]
+    low = [
+        GemmS8(*size, extreme=extreme, largest_zero=zero)
+        for size in [*((m, 37, 131) for m in range(1, 18)), *sizes]
+        for extreme, zero in ((False, 0), (False, 63), (True, 63))
+    ]
+    return [*fused(shapes, GemmS8), *extreme, GemmS8(13, 70, 3072, "gelu", True, True, extreme=True), *low]
 
 
 # One vector, odd numbers of them, every butterfly with and without reflection, rows that are not mixed.
@@ -540,6 +545,21 @@ def symmetric(w: F32) -> tuple[NDArray[np.int8], F32]:
         inverse = np.where(scale > 0, np.float32(1) / scale, np.float32(0))
         exact = np.where(bad[:, None], 0, w.astype(np.float64)) * inverse[:, None]  # 48 bits: exact in float64
     return np.rint(exact).astype(np.int8), scale
+
+
+@pytest.mark.parametrize("zero", [0, 63, 64, 128, 255])
+def test_all_pairs_of_bytes(kernels: KernelSet, zero: int) -> None:
+    """Row i holds i beside every byte, in both orders; weights of either sign at their largest: no 16-bit sum saturates."""
+    each = np.arange(256, dtype=np.uint8)
+    beside = np.stack([np.repeat(each, 256), np.tile(each, 256)], axis=1).reshape(256, 512)
+    a = np.concatenate([beside, beside.reshape(256, 256, 2)[:, :, ::-1].reshape(256, 512)])
+    signs = np.array([[1, 1], [-1, -1], [1, -1], [-1, 1]])
+    w = (127 * np.tile(signs, 256)).astype(np.int8)
+    packed = aligned("packed", np.zeros(kernels.packed_bytes_s8(4, 512), np.uint8))
+    kernels.pack_s8(w, np.ones(4, np.float32), packed)
+    out = np.zeros((512, 4), np.float32)
+    kernels.gemm_s8(a, 512, np.ones(512, np.float32), np.full(512, zero, np.int32), packed, out)
+    assert np.array_equal(out, (a.astype(np.int64) - zero) @ w.T.astype(np.int64))
 
 
 @pytest.mark.parametrize("n, k", [*product([1, 15, 16, 17, 37], [0, 1, 2, 15, 16, 17, 33, 64, 65, 255, 256, 257, 700])])

@@ -18,14 +18,19 @@
 static const int fb_gemm_strips[FB_GEMM_MR + 1] = {0, 4, 2, 2, 1, 1, 1};
 #include "gemm_f32.inc.h"
 
-/* Exact without VNNI: 16-bit operands. vpmaddwd takes 16 products, twice what a float32 multiply-add does, and vpaddd may
- * go to a third port; bytes by vpmaddubsw, exactly, cost more (csrc/README.md, Int8). */
-static inline vi vi_dot(vi acc, vrow row, vi w)
+/* Unsigned by signed bytes, in pairs that fit 16 bits (s8_pairs.inc.h). */
+static inline __m256i dot(__m256i acc, __m256i unsigned_bytes, __m256i signed_bytes)
 {
-    return FB_BOTH_I(_mm256_add_epi32(acc.lo, _mm256_madd_epi16(row, w.lo)),
-                     _mm256_add_epi32(acc.hi, _mm256_madd_epi16(row, w.hi)));
+    const __m256i pairs = _mm256_maddubs_epi16(unsigned_bytes, signed_bytes);
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
-#define FB_S8_DEPTH 2
+static inline vi vi_dot(vi acc, vrow row, vi w) { return FB_BOTH_I(dot(acc.lo, row, w.lo), dot(acc.hi, row, w.hi)); }
+static inline vi vi_dot_centred(vi acc, vrow row, vi w)
+{
+    return FB_BOTH_I(dot(acc.lo, w.lo, row), dot(acc.hi, w.hi, row));
+}
+#define FB_S8_PAIRS
+#define FB_S8_DEPTH 4
 #define FB_A_SHIFT 0
 #define FB_S8_MR 6
 #define FB_S8_TILES(X) X(1, 1) X(1, 2) X(1, 3) X(1, 4) X(2, 1) X(2, 2) X(3, 1) X(3, 2) X(4, 1) X(5, 1) X(6, 1)

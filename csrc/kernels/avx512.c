@@ -19,10 +19,16 @@
 static const int fb_gemm_strips[FB_GEMM_MR + 1] = {0, 8, 8, 8, 4, 4, 4, 3, 3};
 #include "gemm_f32.inc.h"
 
-/* Exact without VNNI: 16-bit operands. vpmaddwd and vpaddd are two operations for 32 products, as two float32 multiply-adds
- * are; bytes by vpmaddubsw, exactly, cost more (csrc/README.md, Int8). */
-static inline vi vi_dot(vi acc, vrow row, vi w) { return _mm512_add_epi32(acc, _mm512_madd_epi16(row, w)); }
-#define FB_S8_DEPTH 2
+/* Unsigned by signed bytes, in pairs that fit 16 bits (s8_pairs.inc.h). */
+static inline vi dot(vi acc, __m512i unsigned_bytes, __m512i signed_bytes)
+{
+    const __m512i pairs = _mm512_maddubs_epi16(unsigned_bytes, signed_bytes);
+    return _mm512_add_epi32(acc, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+}
+static inline vi vi_dot(vi acc, vrow row, vi w) { return dot(acc, row, w); }
+static inline vi vi_dot_centred(vi acc, vrow row, vi w) { return dot(acc, w, row); }
+#define FB_S8_PAIRS
+#define FB_S8_DEPTH 4
 #define FB_A_SHIFT 0
 #define FB_S8_MR 8
 #define FB_S8_TILES FB_TILES_8X48

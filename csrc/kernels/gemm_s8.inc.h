@@ -2,18 +2,19 @@
  *
  * A kernel file includes its simd_*.h, activations.inc.h and epilogue.inc.h, then defines
  *   FB_A_SHIFT                             its products take a - FB_A_SHIFT for a
+ *   FB_S8_PAIRS                            if defined: they fit 16 bits only as s8_pairs.inc.h has it
  *   FB_S8_DEPTH                            steps of k of one column that lie together in packed W
  *   FB_S8_TILES(X), FB_S8_MR, fb_s8_strips register tiles, as in gemm_f32.inc.h
  * and, for the sums of a tile, either
- *   vi_dot(acc, row, w)                    one dot product for 16 columns (meaning in simd_scalar.h): of four bytes with
- *                                          FB_S8_DEPTH 4, of two int16 with FB_S8_DEPTH 2
+ *   vi_dot(acc, row, w)                    one dot product of four bytes for 16 columns (meaning in simd_scalar.h)
  * or
- *   FB_S8_SUMS                             a function like s8_sums below.
+ *   FB_S8_SUMS                             a function (mr, nv, k, a, lda, strip, strip_bytes, ahead, sums): see s8_sums.
  *
  * Packed W: strips of 16 columns of C. A strip is, for every FB_S8_DEPTH steps of k, so many bytes of each column in turn;
  * then the sums of its columns, int32 [16]; then their scales, float32 [16]. With a depth of 4, which is one zmm, two ymm,
  * or one row of an AMX tile:
  *     w0[0..3] w1[0..3] .. w15[0..3] | w0[4..7] .. | .. | sum0 .. sum15 | scale0 .. scale15        K padded with 0
+ * With FB_S8_PAIRS each byte is w + 128.
  *
  * A tile runs over the whole of k, its int32 sums in registers, and writes finished float32.
  */
@@ -34,7 +35,30 @@ typedef struct fb_s8_tile_args {
     ptrdiff_t last_columns; /* of the last strip: 1 .. 16 */
     float *c;
     ptrdiff_t ldc;
+#ifdef FB_S8_PAIRS
+    int centred; /* this and the rest of this tile as s8_prepared has it */
+    const int32_t *start;
+    const uint8_t *out;
+    const uint16_t *groups, *groups_end;
+#endif
 } fb_s8_tile_args;
+
+#ifdef FB_S8_PAIRS
+enum { S8_FLIP = 0x80 }; /* w ^ S8_FLIP is packed */
+#include "s8_pairs.inc.h"
+#else
+enum { S8_FLIP = 0 };
+static inline int s8_centred(const fb_s8_tile_args *t) { return (void)t, 0; }
+static inline vi s8_start(const fb_s8_tile_args *t, int row) { return (void)t, (void)row, vi_set1(0); }
+static inline vi s8_weights(int centred, const int8_t *p) { return (void)centred, vi_load((const int32_t *)p); }
+#define s8_dot(centred, acc, row, w) vi_dot(acc, row, w)
+#define s8_add_out(nv, t, sums)
+typedef struct s8_prepared s8_prepared;
+static inline void s8_tile_prepared(const s8_prepared *prepared, ptrdiff_t h, ptrdiff_t i, const fb_s8_tile_args *t)
+{
+    (void)prepared, (void)h, (void)i, (void)t;
+}
+#endif
 
 static inline __attribute__((always_inline)) void s8_finish_as(const fb_act act, ptrdiff_t begin, ptrdiff_t end,
                                                                ptrdiff_t nv, const int32_t *sums, ptrdiff_t lds,
@@ -101,16 +125,15 @@ static void FB_ISA_NAME(s8_pack)(ptrdiff_t n, ptrdiff_t k, const int8_t *w, ptrd
             sums[j] = sum;
             scales[j] = scale_w[s + j];
         }
+        for (ptrdiff_t p = 0; p < fb_k8(k) * 16; p++)
+            out[p] ^= S8_FLIP;
     }
 }
 
 /* Sixteen steps of k, four of a column in each lane of w[0 .. 3], to their place in a strip. */
 static inline void s8_emit(int8_t *out, const vi w[4])
 {
-#if FB_S8_DEPTH == 2
-    for (int i = 0; i < 4; i++)
-        vi_store_halves(out + 64 * i, w[i]);
-#elif FB_S8_DEPTH == 4
+#if FB_S8_DEPTH == 4
     for (int i = 0; i < 4; i++)
         vi_store((int32_t *)out + 16 * i, w[i]);
 #else
@@ -134,7 +157,7 @@ static inline vi s8_quantize(int8_t *out, const float *x, vf inverse, vi sums)
         sums = vi_add(sums, vi_add(vi_add(q[0], q[1]), vi_add(q[2], q[3])));
         const vi low = vi_add(q[0], vi_shl(q[1], 8)), high = vi_add(vi_shl(q[2], 16), vi_shl(q[3], 24));
         const int32_t bias = (int32_t)(0x80808080u - (s8_round_bits + (s8_round_bits << 8)));
-        w[i] = vi_xor(vi_add(vi_add(low, high), vi_set1(bias)), vi_set1((int32_t)0x80808080u));
+        w[i] = vi_xor(vi_add(vi_add(low, high), vi_set1(bias)), vi_set1((int32_t)(0x80808080u ^ S8_FLIP * 0x01010101u)));
     }
     s8_emit(out, w);
     return sums;
@@ -146,7 +169,7 @@ static __attribute__((noinline)) void s8_clear_bad(ptrdiff_t k, int8_t *out, int
     for (int j = 0; j < 16; j++)
         if (scales[j] != scales[j]) {
             for (ptrdiff_t p = 0; p < fb_k8(k); p += FB_S8_DEPTH)
-                memset(out + p * 16 + j * FB_S8_DEPTH, 0, FB_S8_DEPTH);
+                memset(out + p * 16 + j * FB_S8_DEPTH, S8_FLIP, FB_S8_DEPTH);
             sums[j] = 0;
         }
 }
@@ -186,7 +209,7 @@ static void FB_ISA_NAME(s8_pack_f32)(ptrdiff_t n, ptrdiff_t k, const float *w, p
         }
         const ptrdiff_t added = (k + 15) / 16 * 16;
         int32_t *after = (int32_t *)(out + fb_k8(k) * 16);
-        memset(out + added * 16, 0, (size_t)(fb_k8(k) - added) * 16);
+        memset(out + added * 16, S8_FLIP, (size_t)(fb_k8(k) - added) * 16);
         vi_store(after, vi_sub(sums, vi_set1((int32_t)((uint32_t)added * s8_round_bits))));
         v_store((float *)(after + 16), v_ifgt(least, step, zero, step));
         if (!(v_sum(bad) == 0.0f))
@@ -194,36 +217,17 @@ static void FB_ISA_NAME(s8_pack_f32)(ptrdiff_t n, ptrdiff_t k, const float *w, p
     }
 }
 
-#ifndef FB_S8_SUMS
-#define FB_S8_SUMS s8_sums
-
-#if FB_S8_DEPTH == 2
-/* Sets without an exact product of bytes multiply in 16 bits: W is widened as it is loaded, and a tile widens its rows of
- * A, S8_BLOCK steps at a time, into the L1 cache. */
-enum { S8_BLOCK = 512 };
-typedef int16_t s8_a;
-static inline vi s8_weights(const int8_t *p) { return vi_widen_s8(p); }
-/* Not inlined: called once or a few times a tile, by every one of them. */
-static __attribute__((noinline)) void s8_widen(ptrdiff_t mr, ptrdiff_t k, const uint8_t *a, ptrdiff_t lda,
-                                               int16_t (*wide)[S8_BLOCK])
-{
-    for (ptrdiff_t i = 0; i < mr; i++)
-        for (ptrdiff_t p = 0; p < k; p += 32)
-            vi_store((int32_t *)(wide[i] + p), vi_widen_u8(a + i * lda + p));
-}
+#ifdef FB_S8_SUMS
+#define s8_sums(mr, nv, t, sums) FB_S8_SUMS(mr, nv, t->k, t->a, t->lda, t->strip, t->strip_bytes, t->ahead, sums)
 #else
-typedef uint8_t s8_a;
-static inline vi s8_weights(const int8_t *p) { return vi_load((const int32_t *)p); }
-#endif
-
 /* Weights are prefetched as in gemm_f32.inc.h: a line of each strip so many bytes before its use, and one of a strip of the
  * next group. */
 enum { S8_AHEAD = 2048 };
 
-/* acc += k steps of mr rows of A by nv strips; lda counts elements. */
-static inline __attribute__((always_inline)) void s8_steps(const int mr, const int nv, ptrdiff_t k, const s8_a *a,
-                                                           ptrdiff_t lda, const int8_t *strip, ptrdiff_t strip_bytes,
-                                                           ptrdiff_t ahead, vi (*acc)[8])
+/* acc += k steps of mr rows of A by nv strips; `centred` is for s8_pairs.inc.h. */
+static inline __attribute__((always_inline)) void s8_steps(const int centred, const int mr, const int nv, ptrdiff_t k,
+                                                           const uint8_t *a, ptrdiff_t lda, const int8_t *strip,
+                                                           ptrdiff_t strip_bytes, ptrdiff_t ahead, vi (*acc)[8])
 {
     for (ptrdiff_t p = 0; p < k; p += FB_S8_DEPTH) {
         if (mr > FB_S8_MR / 2) { /* fewer rows have no load to spare */
@@ -235,43 +239,37 @@ static inline __attribute__((always_inline)) void s8_steps(const int mr, const i
         vi w[8];
         FB_UNROLL
         for (int j = 0; j < nv; j++)
-            w[j] = s8_weights(strip + j * strip_bytes + p * 16);
+            w[j] = s8_weights(centred, strip + j * strip_bytes + p * 16);
         FB_UNROLL
         for (int i = 0; i < mr; i++) {
             const vrow row = vi_row(a + i * lda + p);
             FB_UNROLL
             for (int j = 0; j < nv; j++)
-                acc[i][j] = vi_dot(acc[i][j], row, w[j]);
+                acc[i][j] = s8_dot(centred, acc[i][j], row, w[j]);
         }
     }
 }
 
 /* sums[i][j] = sum_p (a[i][p] - FB_A_SHIFT) * W[j][p] for mr rows and nv strips, rows of sums 8 * 16 apart. */
-static inline __attribute__((always_inline)) void s8_sums(const int mr, const int nv, ptrdiff_t k, const uint8_t *a,
-                                                          ptrdiff_t lda, const int8_t *strip, ptrdiff_t strip_bytes,
-                                                          ptrdiff_t ahead, int32_t *sums)
+static inline __attribute__((always_inline)) void s8_sums(const int mr, const int nv, const fb_s8_tile_args *t,
+                                                          int32_t *sums)
 {
     vi acc[FB_S8_MR][8];
     FB_UNROLL
     for (int i = 0; i < mr; i++)
         FB_UNROLL
     for (int j = 0; j < nv; j++)
-        acc[i][j] = vi_set1(0);
-#if FB_S8_DEPTH == 2
-    _Alignas(64) int16_t wide[FB_S8_MR][S8_BLOCK];
-    for (ptrdiff_t p = 0; p < k; p += S8_BLOCK) {
-        const ptrdiff_t block = k - p < S8_BLOCK ? k - p : S8_BLOCK;
-        s8_widen(mr, block, a + p, lda, wide);
-        s8_steps(mr, nv, block, wide[0], S8_BLOCK, strip + p * 16, strip_bytes, ahead, acc);
-    }
-#else
-    s8_steps(mr, nv, k, a, lda, strip, strip_bytes, ahead, acc);
-#endif
+        acc[i][j] = s8_start(t, i);
+    if (s8_centred(t))
+        s8_steps(1, mr, nv, t->k, t->a, t->lda, t->strip, t->strip_bytes, t->ahead, acc);
+    else
+        s8_steps(0, mr, nv, t->k, t->a, t->lda, t->strip, t->strip_bytes, t->ahead, acc);
     FB_UNROLL
     for (int i = 0; i < mr; i++)
         FB_UNROLL
     for (int j = 0; j < nv; j++)
         vi_store(sums + (i * 8 + j) * 16, acc[i][j]);
+    s8_add_out(nv, t, sums);
 }
 #endif
 
@@ -291,7 +289,7 @@ typedef void fb_s8_tile(const fb_s8_tile_args *t);
     {                                                                                                                  \
         _Alignas(64) int32_t sums[mr * 8 * 16];                                                                        \
         s8_ask_for_c(mr, nv, t);                                                                                       \
-        FB_S8_SUMS(mr, nv, t->k, t->a, t->lda, t->strip, t->strip_bytes, t->ahead, sums);                              \
+        s8_sums(mr, nv, t, sums);                                                                                      \
         s8_finish(0, mr, nv, sums, 8 * 16, t);                                                                         \
     }
 FB_S8_TILES(FB_TILE)
@@ -301,12 +299,11 @@ FB_S8_TILES(FB_TILE)
 static fb_s8_tile *const s8_tiles[FB_S8_MR + 1][8 + 1] = {FB_S8_TILES(FB_TILE)};
 #undef FB_TILE
 
-static void FB_ISA_NAME(gemm_s8)(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const uint8_t *a, ptrdiff_t lda,
-                                 const float *scale_a, const int32_t *zero, const void *packed,
-                                 const fb_epilogue *epilogue, float *c, ptrdiff_t ldc)
+/* As gemm_s8, for m, n >= 1; prepared: these rows, with FB_S8_PAIRS. */
+static void s8_rows(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const uint8_t *a, ptrdiff_t lda, const float *scale_a,
+                    const int32_t *zero, const void *packed, const fb_epilogue *epilogue, float *c, ptrdiff_t ldc,
+                    const s8_prepared *prepared)
 {
-    if (m <= 0 || n <= 0)
-        return;
     const ptrdiff_t row_groups = (m + FB_S8_MR - 1) / FB_S8_MR, strip_bytes = s8_strip_bytes(k);
     const ptrdiff_t strips = (n + 15) / 16, wide = fb_s8_strips[(m + row_groups - 1) / row_groups];
     const ptrdiff_t strip_groups = (strips + wide - 1) / wide;
@@ -317,7 +314,7 @@ static void FB_ISA_NAME(gemm_s8)(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const ui
         for (ptrdiff_t h = 0; h < row_groups; h++) {
             const ptrdiff_t i = m * h / row_groups, mr = m * (h + 1) / row_groups - i;
             const float *residual = epilogue->residual ? epilogue->residual + i * epilogue->ldr + column : NULL;
-            const fb_s8_tile_args t = {.k = (k + 31) / 32 * 32,
+            fb_s8_tile_args t = {.k = (k + 31) / 32 * 32,
                                        .a = a + i * lda,
                                        .lda = lda,
                                        .scale_a = scale_a + i,
@@ -332,7 +329,29 @@ static void FB_ISA_NAME(gemm_s8)(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const ui
                                        .last_columns = columns - (nv - 1) * 16,
                                        .c = c + i * ldc + column,
                                        .ldc = ldc};
+            s8_tile_prepared(prepared, h, i, &t);
             s8_tiles[mr][nv](&t);
         }
     }
+}
+
+static void FB_ISA_NAME(gemm_s8)(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const uint8_t *a, ptrdiff_t lda,
+                                 const float *scale_a, const int32_t *zero, const void *packed,
+                                 const fb_epilogue *epilogue, float *c, ptrdiff_t ldc)
+{
+    if (m <= 0 || n <= 0)
+        return;
+#ifdef FB_S8_PAIRS
+    s8_prepared prepared;
+    const ptrdiff_t blocks = (m + s8_prepared_rows(k) - 1) / s8_prepared_rows(k);
+    for (ptrdiff_t b = 0; b < blocks; b++) {
+        const ptrdiff_t i = m * b / blocks, rows = m * (b + 1) / blocks - i;
+        fb_epilogue e = *epilogue;
+        e.residual = e.residual ? e.residual + i * e.ldr : NULL;
+        s8_prepare(rows, k, a + i * lda, lda, zero + i, &prepared);
+        s8_rows(rows, n, k, a + i * lda, lda, scale_a + i, prepared.zero, packed, &e, c + i * ldc, ldc, &prepared);
+    }
+#else
+    s8_rows(m, n, k, a, lda, scale_a, zero, packed, epilogue, c, ldc, NULL);
+#endif
 }

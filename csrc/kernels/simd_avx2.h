@@ -195,16 +195,6 @@ static inline vrow vi_row(const void *p)
     memcpy(&four_bytes, p, sizeof four_bytes);
     return _mm256_set1_epi32(four_bytes);
 }
-static inline vi vi_widen_u8(const uint8_t *p)
-{
-    const __m128i *from = (const __m128i *)p;
-    return FB_BOTH_I(_mm256_cvtepu8_epi16(_mm_loadu_si128(from)), _mm256_cvtepu8_epi16(_mm_loadu_si128(from + 1)));
-}
-static inline vi vi_widen_s8(const int8_t *p)
-{
-    const __m128i *from = (const __m128i *)p;
-    return FB_BOTH_I(_mm256_cvtepi8_epi16(_mm_loadu_si128(from)), _mm256_cvtepi8_epi16(_mm_loadu_si128(from + 1)));
-}
 static inline vi v_bits(vf a) { return FB_BOTH_I(_mm256_castps_si256(a.lo), _mm256_castps_si256(a.hi)); }
 static inline vi vi_add(vi a, vi b) { return FB_BOTH_I(_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)); }
 static inline vi vi_shl(vi a, int n) { return FB_BOTH_I(_mm256_slli_epi32(a.lo, n), _mm256_slli_epi32(a.hi, n)); }
@@ -219,14 +209,6 @@ static inline void vi_to_u8x64(uint8_t *p, const vi q[4])
         const __m256i bytes = _mm256_packus_epi16(words, _mm256_packs_epi32(q[j + 1].lo, q[j + 1].hi));
         _mm256_storeu_si256((__m256i *)(p + 16 * j), _mm256_permutevar8x32_epi32(bytes, order));
     }
-}
-static inline void vi_store_halves(int8_t *p, vi a)
-{
-    const __m256i low = _mm256_set1_epi32(0xffff);
-    const __m256i l = _mm256_packus_epi32(_mm256_and_si256(a.lo, low), _mm256_and_si256(a.hi, low));
-    const __m256i h = _mm256_packus_epi32(_mm256_srli_epi32(a.lo, 16), _mm256_srli_epi32(a.hi, 16));
-    _mm256_storeu_si256((__m256i *)p, _mm256_permute4x64_epi64(l, 0xd8));
-    _mm256_storeu_si256((__m256i *)p + 1, _mm256_permute4x64_epi64(h, 0xd8));
 }
 static inline vi vi_sub(vi a, vi b) { return FB_BOTH_I(_mm256_sub_epi32(a.lo, b.lo), _mm256_sub_epi32(a.hi, b.hi)); }
 static inline vi vi_mul(vi a, vi b)

@@ -128,8 +128,6 @@ static inline vrow vi_row(const void *p)
     memcpy(&four_bytes, p, sizeof four_bytes);
     return _mm512_set1_epi32(four_bytes);
 }
-static inline vi vi_widen_u8(const uint8_t *p) { return _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)p)); }
-static inline vi vi_widen_s8(const int8_t *p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)p)); }
 static inline vi v_bits(vf a) { return _mm512_castps_si512(a); }
 static inline vi vi_add(vi a, vi b) { return _mm512_add_epi32(a, b); }
 static inline vi vi_shl(vi a, unsigned n) { return _mm512_slli_epi32(a, n); }
@@ -140,11 +138,6 @@ static inline void vi_to_u8x64(uint8_t *p, const vi q[4])
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     const __m512i bytes = _mm512_packus_epi16(_mm512_packs_epi32(q[0], q[1]), _mm512_packs_epi32(q[2], q[3]));
     _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, bytes));
-}
-static inline void vi_store_halves(int8_t *p, vi a)
-{
-    _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(a));
-    _mm256_storeu_si256((__m256i *)p + 1, _mm512_cvtepi32_epi16(_mm512_srli_epi32(a, 16)));
 }
 static inline vi vi_sub(vi a, vi b) { return _mm512_sub_epi32(a, b); }
 static inline vi vi_mul(vi a, vi b) { return _mm512_mullo_epi32(a, b); }

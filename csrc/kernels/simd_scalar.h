@@ -133,13 +133,12 @@ static inline void v_transpose(vf r[16])
 /* ---- 16 int32 lanes ----
  *   v_to_u8     clamp(rint(lanes) + zero, 0, 255) to the first n bytes, 0 for a NaN; |lanes| < 2^22, ties to even
  *   v_to_u8x4   the same for 64 lanes, |lanes| < 2^14
- *   vi_row      four bytes of a row of A for all columns: four steps of k in bytes, or two in int16
- *   vi_dot      acc + the four products of each column: r a row's four bytes, w 16 columns by 4 steps of k; with
- *               FB_S8_DEPTH 2 two products: r a row's two int16, w 16 columns by 2 steps of k, in int16
- *   vi_widen_u8, vi_widen_s8    32 bytes as 32 int16; only where a set uses them
+ *   vi_row      four bytes of a row of A for all columns
+ *   vi_dot      acc + the four products of each column: r a row's four bytes, w 16 columns by 4 steps of k; r unsigned, w
+ *               signed
+ *   vi_dot_centred    the same with r signed and w unsigned; only with FB_S8_PAIRS
  *   v_bits      the bits of the lanes; vi_add, vi_sub and vi_shl are modulo 2^32
  *   vi_to_u8x64 lanes of four vectors, each 0 .. 255, to 64 bytes
- *   vi_store_halves   the low 16 bits of each lane, then the high ones: 64 bytes; only for FB_S8_DEPTH 2
  *   vi_store_zipped   `count` vectors at a time, 2 or 4 of the 4: a lane of each in turn; only for FB_S8_DEPTH 8 and 16
  *   FB_A_SHIFT  vi_dot takes a - FB_A_SHIFT for a
  */
