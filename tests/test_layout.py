@@ -31,7 +31,7 @@ C_ARROWS = {
 }
 KERNEL_ARROWS = {
     # and one simd_*.h
-    ".c": "cpu kernels activations.inc epilogue.inc gemm_f32.inc gemm_s8.inc gemm_split.inc rows.inc",
+    ".c": "cpu kernels activations.inc epilogue.inc gemm_f32.inc gemm_s8.inc gemm_split.inc rows.inc s8_pairs.inc",
     ".h": "unroll",
 }
 

@@ -29,12 +29,12 @@ static inline vi vi_dot_centred(vi acc, vrow row, vi w)
 {
     return FB_BOTH_I(dot(acc.lo, w.lo, row), dot(acc.hi, w.hi, row));
 }
-#define FB_S8_PAIRS
 #define FB_S8_DEPTH 4
 #define FB_A_SHIFT 0
 #define FB_S8_MR 6
 #define FB_S8_TILES(X) X(1, 1) X(1, 2) X(1, 3) X(1, 4) X(2, 1) X(2, 2) X(3, 1) X(3, 2) X(4, 1) X(5, 1) X(6, 1)
 static const int fb_s8_strips[FB_S8_MR + 1] = {0, 4, 2, 2, 1, 1, 1};
+#include "s8_pairs.inc.h"
 #include "gemm_s8.inc.h"
 
 static const fb_gemm_f32 gemm_f32 = {"gemm_f32_6x16_avx2", packed_bytes_avx2, pack_avx2, gemm_f32_avx2};

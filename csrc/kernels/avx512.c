@@ -27,12 +27,12 @@ static inline vi dot(vi acc, __m512i unsigned_bytes, __m512i signed_bytes)
 }
 static inline vi vi_dot(vi acc, vrow row, vi w) { return dot(acc, row, w); }
 static inline vi vi_dot_centred(vi acc, vrow row, vi w) { return dot(acc, w, row); }
-#define FB_S8_PAIRS
 #define FB_S8_DEPTH 4
 #define FB_A_SHIFT 0
 #define FB_S8_MR 8
 #define FB_S8_TILES FB_TILES_8X48
 static const int fb_s8_strips[FB_S8_MR + 1] = {0, 8, 8, 8, 4, 4, 4, 3, 3};
+#include "s8_pairs.inc.h"
 #include "gemm_s8.inc.h"
 
 static const fb_gemm_f32 gemm_f32 = {"gemm_f32_8x48_avx512", packed_bytes_avx512, pack_avx512, gemm_f32_avx512};

@@ -2,11 +2,13 @@
  *
  * A kernel file includes its simd_*.h, activations.inc.h and epilogue.inc.h, then defines
  *   FB_A_SHIFT                             its products take a - FB_A_SHIFT for a
- *   FB_S8_PAIRS                            if defined: they fit 16 bits only as s8_pairs.inc.h has it
  *   FB_S8_DEPTH                            steps of k of one column that lie together in packed W
  *   FB_S8_TILES(X), FB_S8_MR, fb_s8_strips register tiles, as in gemm_f32.inc.h
  * and, for the sums of a tile, either
  *   vi_dot(acc, row, w)                    one dot product of four bytes for 16 columns (meaning in simd_scalar.h)
+ * or
+ * or
+ *   includes s8_pairs.inc.h                products of bytes that fit 16 bits not quite
  * or
  *   FB_S8_SUMS                             a function (mr, nv, k, a, lda, strip, strip_bytes, ahead, sums): see s8_sums.
  *
@@ -14,11 +16,16 @@
  * then the sums of its columns, int32 [16]; then their scales, float32 [16]. With a depth of 4, which is one zmm, two ymm,
  * or one row of an AMX tile:
  *     w0[0..3] w1[0..3] .. w15[0..3] | w0[4..7] .. | .. | sum0 .. sum15 | scale0 .. scale15        K padded with 0
- * With FB_S8_PAIRS each byte is w + 128.
+ * With s8_pairs.inc.h each byte is w + 128.
  *
  * A tile runs over the whole of k, its int32 sums in registers, and writes finished float32.
  */
 #include "unroll.h"
+
+#ifndef FB_S8_PAIRS
+enum { S8_FLIP = 0 };
+typedef struct s8_prepared s8_prepared;
+#endif
 
 typedef struct fb_s8_tile_args {
     ptrdiff_t k;      /* bytes, a multiple of 32 */
@@ -35,31 +42,11 @@ typedef struct fb_s8_tile_args {
     ptrdiff_t last_columns; /* of the last strip: 1 .. 16 */
     float *c;
     ptrdiff_t ldc;
-#ifdef FB_S8_PAIRS
-    int centred; /* this and the rest of this tile as s8_prepared has it */
-    const int32_t *start;
-    const uint8_t *out;
-    const uint16_t *groups, *groups_end;
-#endif
+    const s8_prepared *prepared; /* with s8_pairs.inc.h: a are rows of it from `row` on */
+    ptrdiff_t row;
 } fb_s8_tile_args;
 
-#ifdef FB_S8_PAIRS
-enum { S8_FLIP = 0x80 }; /* w ^ S8_FLIP is packed */
-#include "s8_pairs.inc.h"
-#else
-enum { S8_FLIP = 0 };
-static inline int s8_centred(const fb_s8_tile_args *t) { return (void)t, 0; }
-static inline vi s8_start(const fb_s8_tile_args *t, int row) { return (void)t, (void)row, vi_set1(0); }
-static inline vi s8_weights(int centred, const int8_t *p) { return (void)centred, vi_load((const int32_t *)p); }
-#define s8_dot(centred, acc, row, w) vi_dot(acc, row, w)
-#define s8_add_out(nv, t, sums)
-typedef struct s8_prepared s8_prepared;
-static inline void s8_tile_prepared(const s8_prepared *prepared, ptrdiff_t h, ptrdiff_t i, const fb_s8_tile_args *t)
-{
-    (void)prepared, (void)h, (void)i, (void)t;
-}
-#endif
-
+/* Rows begin .. end - 1 of a tile from exact sums [mr][nv * 16], rows lds apart, to float32, one strip after the other. */
 static inline __attribute__((always_inline)) void s8_finish_as(const fb_act act, ptrdiff_t begin, ptrdiff_t end,
                                                                ptrdiff_t nv, const int32_t *sums, ptrdiff_t lds,
                                                                const fb_s8_tile_args *t)
@@ -82,8 +69,7 @@ static inline __attribute__((always_inline)) void s8_finish_as(const fb_act act,
     }
 }
 
-/* Rows begin .. end - 1 of a tile from exact sums [mr][nv * 16], rows lds apart, to float32, one strip after the other. One
- * function for all tiles: their code stays small. */
+/* One function for all tiles: their code stays small. */
 static __attribute__((noinline)) void s8_finish(ptrdiff_t begin, ptrdiff_t end, ptrdiff_t nv, const int32_t *sums,
                                                 ptrdiff_t lds, const fb_s8_tile_args *t)
 {
@@ -157,7 +143,7 @@ static inline vi s8_quantize(int8_t *out, const float *x, vf inverse, vi sums)
         sums = vi_add(sums, vi_add(vi_add(q[0], q[1]), vi_add(q[2], q[3])));
         const vi low = vi_add(q[0], vi_shl(q[1], 8)), high = vi_add(vi_shl(q[2], 16), vi_shl(q[3], 24));
         const int32_t bias = (int32_t)(0x80808080u - (s8_round_bits + (s8_round_bits << 8)));
-        w[i] = vi_xor(vi_add(vi_add(low, high), vi_set1(bias)), vi_set1((int32_t)(0x80808080u ^ S8_FLIP * 0x01010101u)));
+        w[i] = vi_xor(vi_add(vi_add(low, high), vi_set1(bias)), vi_set1((int32_t)((0x80u ^ S8_FLIP) * 0x01010101u)));
     }
     s8_emit(out, w);
     return sums;
@@ -224,6 +210,11 @@ static void FB_ISA_NAME(s8_pack_f32)(ptrdiff_t n, ptrdiff_t k, const float *w, p
  * next group. */
 enum { S8_AHEAD = 2048 };
 
+#ifndef FB_S8_PAIRS
+static inline vi s8_weights(int centred, const int8_t *p) { return (void)centred, vi_load((const int32_t *)p); }
+#define s8_dot(centred, acc, row, w) vi_dot(acc, row, w)
+#endif
+
 /* acc += k steps of mr rows of A by nv strips; `centred` is for s8_pairs.inc.h. */
 static inline __attribute__((always_inline)) void s8_steps(const int centred, const int mr, const int nv, ptrdiff_t k,
                                                            const uint8_t *a, ptrdiff_t lda, const int8_t *strip,
@@ -255,12 +246,19 @@ static inline __attribute__((always_inline)) void s8_sums(const int mr, const in
                                                           int32_t *sums)
 {
     vi acc[FB_S8_MR][8];
+#ifdef FB_S8_PAIRS
+    const int centred = t->prepared->centred;
+    const int32_t *start = t->prepared->start + t->row;
+#else
+    const int centred = 0;
+    static const int32_t start[FB_S8_MR];
+#endif
     FB_UNROLL
     for (int i = 0; i < mr; i++)
         FB_UNROLL
     for (int j = 0; j < nv; j++)
-        acc[i][j] = s8_start(t, i);
-    if (s8_centred(t))
+        acc[i][j] = vi_set1(start[i]);
+    if (centred)
         s8_steps(1, mr, nv, t->k, t->a, t->lda, t->strip, t->strip_bytes, t->ahead, acc);
     else
         s8_steps(0, mr, nv, t->k, t->a, t->lda, t->strip, t->strip_bytes, t->ahead, acc);
@@ -269,7 +267,9 @@ static inline __attribute__((always_inline)) void s8_sums(const int mr, const in
         FB_UNROLL
     for (int j = 0; j < nv; j++)
         vi_store(sums + (i * 8 + j) * 16, acc[i][j]);
-    s8_add_out(nv, t, sums);
+#ifdef FB_S8_PAIRS
+    s8_add_out(t->prepared, t->row, mr, nv, t->k, t->strip, t->strip_bytes, sums);
+#endif
 }
 #endif
 
@@ -314,7 +314,7 @@ static void s8_rows(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const uint8_t *a, ptr
         for (ptrdiff_t h = 0; h < row_groups; h++) {
             const ptrdiff_t i = m * h / row_groups, mr = m * (h + 1) / row_groups - i;
             const float *residual = epilogue->residual ? epilogue->residual + i * epilogue->ldr + column : NULL;
-            fb_s8_tile_args t = {.k = (k + 31) / 32 * 32,
+            const fb_s8_tile_args t = {.k = (k + 31) / 32 * 32,
                                        .a = a + i * lda,
                                        .lda = lda,
                                        .scale_a = scale_a + i,
@@ -328,8 +328,9 @@ static void s8_rows(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const uint8_t *a, ptr
                                        .ldr = epilogue->ldr,
                                        .last_columns = columns - (nv - 1) * 16,
                                        .c = c + i * ldc + column,
-                                       .ldc = ldc};
-            s8_tile_prepared(prepared, h, i, &t);
+                                       .ldc = ldc,
+                                       .prepared = prepared,
+                                       .row = i};
             s8_tiles[mr][nv](&t);
         }
     }
@@ -349,7 +350,8 @@ static void FB_ISA_NAME(gemm_s8)(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const ui
         fb_epilogue e = *epilogue;
         e.residual = e.residual ? e.residual + i * e.ldr : NULL;
         s8_prepare(rows, k, a + i * lda, lda, zero + i, &prepared);
-        s8_rows(rows, n, k, a + i * lda, lda, scale_a + i, prepared.zero, packed, &e, c + i * ldc, ldc, &prepared);
+        s8_rows(rows, n, k, prepared.in, (k + 31) / 32 * 32, scale_a + i, prepared.zero, packed, &e, c + i * ldc, ldc,
+                &prepared);
     }
 #else
     s8_rows(m, n, k, a, lda, scale_a, zero, packed, epilogue, c, ldc, NULL);
