@@ -549,7 +549,7 @@ def symmetric(w: F32) -> tuple[NDArray[np.int8], F32]:
 
 @pytest.mark.parametrize("zero", [0, 63, 64, 128, 255])
 def test_all_pairs_of_bytes(kernels: KernelSet, zero: int) -> None:
-    """Row i holds i beside every byte, in both orders; weights of either sign at their largest: no 16-bit sum saturates."""
+    """Row i holds i beside every byte, in both orders; weights are the largest of either sign: nothing saturates."""
     each = np.arange(256, dtype=np.uint8)
     beside = np.stack([np.repeat(each, 256), np.tile(each, 256)], axis=1).reshape(256, 512)
     a = np.concatenate([beside, beside.reshape(256, 256, 2)[:, :, ::-1].reshape(256, 512)])
