@@ -29,8 +29,8 @@ enum {
     BUDGET = 256,      /* tokens of a micro-batch: weights are read once for so many rows, activations still fit L2 */
     BUDGET_MIN = 64,   /* not below this when batches are cut finer to give every thread some */
     FEW_FLOATS = 6144, /* of a few rows quantised at once: 24 KB */
-    ROW_BLOCK = 64,    /* rows of a float32 layer after attention at once: all they pass through stays in the L2 cache */
-    QUERY_BLOCK = 64,  /* rows of scores held at once: 64 x 512 floats are 128 KB */
+    ROW_BLOCK = 64,   /* rows of a float32 layer after attention at once: all they pass through stays in the L2 cache */
+    QUERY_BLOCK = 64, /* rows of scores held at once: 64 x 512 floats are 128 KB */
     SEQ_S8 = 64, /* int8 models: from so many tokens on attention is integer; below, quantising costs what that saves */
     RACK = 16    /* idle workspaces that a model keeps */
 };
