@@ -29,7 +29,8 @@ enum {
     BUDGET = 256,      /* tokens of a micro-batch: weights are read once for so many rows, activations still fit L2 */
     BUDGET_MIN = 64,   /* not below this when batches are cut finer to give every thread some */
     FEW_FLOATS = 6144, /* of a few rows quantised at once: 24 KB */
-    QUERY_BLOCK = 64,  /* rows of scores held at once: 64 x 512 floats are 128 KB */
+    ROW_BLOCK = 64,   /* rows of a float32 layer after attention at once: all they pass through stays in the L2 cache */
+    QUERY_BLOCK = 64, /* rows of scores held at once: 64 x 512 floats are 128 KB */
     SEQ_S8 = 64, /* int8 models: from so many tokens on attention is integer; below, quantising costs what that saves */
     RACK = 16    /* idle workspaces that a model keeps */
 };
@@ -509,19 +510,12 @@ static void attention(const micro_batch *b)
     }
 }
 
-/* narrow: no one asks for more than the first tokens of this layer's result. */
-static void layer(micro_batch *b, const fb_layer *l, int narrow)
+/* All of a layer that looks at a token alone: context and x to the next x. */
+static void feed_forward(const micro_batch *b, const fb_layer *l)
 {
     const fb_model *m = b->model;
     const workspace *ws = b->ws;
     const ptrdiff_t ldh = m->ld_hidden, ldi = m->ld_intermediate;
-    linear(b, &l->qkv, ws->x, ldh, ws->y, FB_ACT_NONE, NULL, 0, ws->qkv, m->ld_qkv);
-    fb_barrier(b->team);
-    b->narrow = narrow;
-    attention(b);
-    fb_barrier(b->team);
-    if (narrow)
-        share(b, b->size);
     linear(b, &l->attention_output, ws->context, ldh, NULL, FB_ACT_NONE, ws->x, ldh, ws->y, ldh);
     meet_if_columns(b);
     layernorm(b, &l->attention_norm, ws->y, ws->x);
@@ -532,6 +526,29 @@ static void layer(micro_batch *b, const fb_layer *l, int narrow)
     meet_if_columns(b);
     layernorm(b, &l->output_norm, ws->y, ws->x);
     meet_if_columns(b);
+}
+
+/* narrow: no one asks for more than the first tokens of this layer's result. */
+static void layer(micro_batch *b, const fb_layer *l, int narrow)
+{
+    const fb_model *m = b->model;
+    const workspace *ws = b->ws;
+    linear(b, &l->qkv, ws->x, m->ld_hidden, ws->y, FB_ACT_NONE, NULL, 0, ws->qkv, m->ld_qkv);
+    fb_barrier(b->team);
+    b->narrow = narrow;
+    attention(b);
+    fb_barrier(b->team);
+    if (narrow)
+        share(b, b->size);
+    micro_batch part = *b;
+    const ptrdiff_t rows = b->rows_end - b->row;
+    const ptrdiff_t parts =
+        b->by_rows && l->intermediate.format == FB_FORMAT_F32 ? (rows + ROW_BLOCK - 1) / ROW_BLOCK : 1;
+    for (ptrdiff_t i = 0; i < parts; i++) {
+        part.row = b->row + rows * i / parts;
+        part.rows_end = b->row + rows * (i + 1) / parts;
+        feed_forward(&part, l);
+    }
 }
 
 /* rows [count][in] through a small dense layer, in place of a swap: returns where the result lies. */

@@ -169,8 +169,9 @@ typedef struct fb_gemm_s8 {
 
 /* softmax_f32: x[i][j] = e[j] / sum(e),   e[j] = exp((x[i][j] - max_j(x[i][j])) * scale), in place.
  *
- *   x       [rows][n], rows ldx apart; n >= 1; scale > 0
- * Numbers  exp has relative error < 2^-22 and is held at exp(-87.3) below that; e[j] is multiplied by 1 / sum(e).
+ *   x       [rows][n], rows ldx apart; n >= 1; 2^-100 < scale < 2^100
+ * Numbers  the difference is rounded, its product with scale is not; exp has relative error < 2^-22 and is held at
+ *          exp(-87.3) below that; e[j] is multiplied by 1 / sum(e).
  *          A NaN in a row makes that row NaN.
  */
 typedef void fb_softmax_f32(ptrdiff_t rows, ptrdiff_t n, float scale, float *x, ptrdiff_t ldx);

@@ -8,22 +8,27 @@
 static void FB_ISA_NAME(softmax_f32)(ptrdiff_t rows, ptrdiff_t n, float scale, float *x, ptrdiff_t ldx)
 {
     const ptrdiff_t body = n - n % 16, tail = n - body;
-    const vf vscale = v_set1(scale);
+    const double exponent = (double)scale * 1.4426950408889634; /* of 2 */
+    const float rounded = (float)exponent;
+    const vf c = v_set1(rounded), low = v_set1((float)(exponent - (double)rounded)), lowest = v_set1(-87.3f / scale);
     for (ptrdiff_t i = 0; i < rows; i++, x += ldx) {
-        vf largest = v_set1(-INFINITY);
-        for (ptrdiff_t j = 0; j < body; j += 16)
+        vf largest = v_set1(-INFINITY), other = largest; /* two chains: one would wait for each comparison */
+        for (ptrdiff_t j = 0; j < body; j += 32) {
             largest = v_max(largest, v_load(x + j));
+            other = v_max(other, v_load(x + (j + 16 < body ? j + 16 : j)));
+        }
         if (tail)
-            largest = v_max(largest, v_load_n(x + body, tail, -INFINITY));
-        const vf most = v_set1(v_largest(largest));
+            other = v_max(other, v_load_n(x + body, tail, -INFINITY));
+        const vf most = v_set1(v_largest(v_max(largest, other)));
         vf sum = v_set1(0.0f);
         for (ptrdiff_t j = 0; j < body; j += 16) {
-            const vf e = v_exp(v_mul(v_sub(v_load(x + j), most), vscale));
+            const vf e = v_exp2_times(v_max(lowest, v_sub(v_load(x + j), most)), c, low);
             v_store(x + j, e);
             sum = v_add(sum, e);
         }
         if (tail) {
-            v_store_n(x + body, v_exp(v_mul(v_sub(v_load_n(x + body, tail, 0.0f), most), vscale)), tail);
+            const vf d = v_max(lowest, v_sub(v_load_n(x + body, tail, 0.0f), most));
+            v_store_n(x + body, v_exp2_times(d, c, low), tail);
             sum = v_add(sum, v_load_n(x + body, tail, 0.0f));
         }
         const vf inverse = v_set1(1.0f / v_sum(sum));

@@ -70,8 +70,7 @@ static inline vf v_ifgt(vf a, vf b, vf x, vf y)
 }
 static inline __m256 v_scale2_half(__m256 p, __m256 t)
 {
-    const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(t), 23);
-    return _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_add_epi32(exponent, _mm256_set1_epi32(0x3f800000))));
+    return _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(t), 23)));
 }
 static inline vf v_scale2(vf p, vf t) { return FB_BOTH(v_scale2_half(p.lo, t.lo), v_scale2_half(p.hi, t.hi)); }
 static inline vf v_fold(vf a) { return FB_BOTH(_mm256_add_ps(a.lo, a.hi), _mm256_sub_ps(a.lo, a.hi)); }

@@ -37,8 +37,7 @@ static inline vf v_ifgt(vf a, vf b, vf x, vf y)
 }
 static inline vf v_scale2(vf p, vf t)
 {
-    const __m512i exponent = _mm512_slli_epi32(_mm512_castps_si512(t), 23);
-    return _mm512_mul_ps(p, _mm512_castsi512_ps(_mm512_add_epi32(exponent, _mm512_set1_epi32(0x3f800000))));
+    return _mm512_mul_ps(p, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(t), 23)));
 }
 static inline vf v_fold(vf a)
 {

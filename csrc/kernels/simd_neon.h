@@ -65,8 +65,7 @@ static inline vf v_ifgt(vf a, vf b, vf x, vf y)
 }
 static inline float32x4_t v_scale2_4(float32x4_t p, float32x4_t t)
 {
-    const int32x4_t exponent = vshlq_n_s32(vreinterpretq_s32_f32(t), 23);
-    return vmulq_f32(p, vreinterpretq_f32_s32(vaddq_s32(exponent, vdupq_n_s32(0x3f800000))));
+    return vmulq_f32(p, vreinterpretq_f32_s32(vshlq_n_s32(vreinterpretq_s32_f32(t), 23)));
 }
 static inline vf v_scale2(vf p, vf t) { FB_QUARTERS(vf, v_scale2_4(p.q[i], t.q[i])); }
 static inline vf v_fold(vf a)

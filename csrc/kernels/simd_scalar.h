@@ -8,7 +8,7 @@
  *   v_sum                       the tree of kernels.h: lane l + lane l+8, then l+4, l+2, l+1
  *   v_largest2                  v_largest of two vectors without NaN
  *   v_any_nan                   whether a lane is NaN, of lanes that are NaN or 0
- *   v_scale2(p, t)              p * 2^i, i = -126 .. 127 the integer that t = x + 1.5 * 2^23 carries in its low bits
+ *   v_scale2(p, t)              p * 2^i, i = -126 .. 127 the integer that t = x + 1.5 * 2^23 + 127 carries, with 127 added, in its low bits
  *   v_ifgt(a, b, x, y)          a > b ? x : y, lane by lane
  *   v_fold(x)                   lanes l and l + 8: their sum in l, the difference x[l] - x[l + 8] in l + 8
  */
@@ -81,7 +81,7 @@ static inline vf v_scale2(vf p, vf t)
 {
     uint32_t bits[16];
     memcpy(bits, t.l, sizeof bits);
-    FB_LANES bits[i] = (bits[i] << 23) + 0x3f800000u; /* the exponent of 1.0f plus i */
+    FB_LANES bits[i] <<= 23;
     memcpy(t.l, bits, sizeof bits);
     return v_mul(p, t);
 }
