@@ -156,12 +156,14 @@ UNCHECKED static void emulated_dpbf16ps(int sums, int a, int w)
 #undef _tile_loadconfig
 #undef _tile_release
 #undef _tile_loadd
+#undef _tile_stream_loadd
 #undef _tile_stored
 #undef _tile_dpbusd
 #undef _tile_dpbf16ps
 #define _tile_loadconfig emulated_loadconfig
 #define _tile_release emulated_release
 #define _tile_loadd emulated_loadd
+#define _tile_stream_loadd emulated_loadd /* how it passes through the caches is all that differs */
 #define _tile_stored emulated_stored
 #define _tile_dpbusd emulated_dpbusd
 #define _tile_dpbf16ps emulated_dpbf16ps

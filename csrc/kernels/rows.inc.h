@@ -5,6 +5,20 @@
  */
 #include "unroll.h"
 
+/* In two chains: one would wait for each comparison. */
+static inline float row_largest(ptrdiff_t n, const float *x)
+{
+    const ptrdiff_t body = n - n % 16;
+    vf largest = v_set1(-INFINITY), other = largest;
+    for (ptrdiff_t j = 0; j < body; j += 32) {
+        largest = v_max(largest, v_load(x + j));
+        other = v_max(other, v_load(x + (j + 16 < body ? j + 16 : j)));
+    }
+    if (body < n)
+        other = v_max(other, v_load_n(x + body, n - body, -INFINITY));
+    return v_largest(v_max(largest, other));
+}
+
 static void FB_ISA_NAME(softmax_f32)(ptrdiff_t rows, ptrdiff_t n, float scale, float *x, ptrdiff_t ldx)
 {
     const ptrdiff_t body = n - n % 16, tail = n - body;
@@ -12,14 +26,7 @@ static void FB_ISA_NAME(softmax_f32)(ptrdiff_t rows, ptrdiff_t n, float scale, f
     const float rounded = (float)exponent;
     const vf c = v_set1(rounded), low = v_set1((float)(exponent - (double)rounded)), lowest = v_set1(-87.3f / scale);
     for (ptrdiff_t i = 0; i < rows; i++, x += ldx) {
-        vf largest = v_set1(-INFINITY), other = largest; /* two chains: one would wait for each comparison */
-        for (ptrdiff_t j = 0; j < body; j += 32) {
-            largest = v_max(largest, v_load(x + j));
-            other = v_max(other, v_load(x + (j + 16 < body ? j + 16 : j)));
-        }
-        if (tail)
-            other = v_max(other, v_load_n(x + body, tail, -INFINITY));
-        const vf most = v_set1(v_largest(v_max(largest, other)));
+        const vf most = v_set1(row_largest(n, x));
         vf sum = v_set1(0.0f);
         for (ptrdiff_t j = 0; j < body; j += 16) {
             const vf e = v_exp2_times(v_max(lowest, v_sub(v_load(x + j), most)), c, low);
@@ -39,6 +46,9 @@ static void FB_ISA_NAME(softmax_f32)(ptrdiff_t rows, ptrdiff_t n, float scale, f
     }
 }
 
+/* softmax_u8 awaits the largest elements of so many rows at once: 1.1 times as fast as row by row. */
+enum { MAXIMA_AT_ONCE = 4 };
+
 /* The lanes' sums start at 1.5 * 2^23, where neighbouring float32 are 1 apart: adding e to one rounds e, and what the bits
  * of the sum grow by is q. */
 static void FB_ISA_NAME(softmax_u8)(ptrdiff_t rows, ptrdiff_t n, const float *x, ptrdiff_t ldx, uint8_t *q,
@@ -46,13 +56,11 @@ static void FB_ISA_NAME(softmax_u8)(ptrdiff_t rows, ptrdiff_t n, const float *x,
 {
     const ptrdiff_t body = n - n % 16, tail = n - body;
     const vf start = v_set1(12582912.0f);
+    float largest[MAXIMA_AT_ONCE];
     for (ptrdiff_t i = 0; i < rows; i++, x += ldx, q += ldq) {
-        vf largest = v_set1(-INFINITY);
-        for (ptrdiff_t j = 0; j < body; j += 16)
-            largest = v_max(largest, v_load(x + j));
-        if (tail)
-            largest = v_max(largest, v_load_n(x + body, tail, -INFINITY));
-        const vf most = v_set1(v_largest(largest));
+        for (ptrdiff_t r = 0; i % MAXIMA_AT_ONCE == 0 && r < MAXIMA_AT_ONCE && i + r < rows; r++)
+            largest[r] = row_largest(n, x + r * ldx);
+        const vf most = v_set1(largest[i % MAXIMA_AT_ONCE]);
         vf sum = start;
         for (ptrdiff_t j = 0; j < n; j += FB_K8) {
             vi bytes[FB_K8 / 16];
@@ -235,21 +243,24 @@ static void see_row(ptrdiff_t k, const float *x, extremes *seen)
 static void quantize_row(ptrdiff_t k, const float *x, float inverse, int32_t zero, uint8_t *q)
 {
     const vf vinverse = v_set1(inverse);
+    vf v[4];
     ptrdiff_t j = 0;
     for (; j + 64 <= k; j += 64) {
-        vf v[4];
         FB_UNROLL
         for (int i = 0; i < 4; i++)
             v[i] = v_mul(v_load(x + j + i * 16), vinverse);
         v_to_u8x4(q + j, v, zero);
     }
-    for (; j < k; j += 16) {
-        const ptrdiff_t lanes = k - j < 16 ? k - j : 16;
-        const vf v = lanes == 16 ? v_load(x + j) : v_load_n(x + j, lanes, 0.0f);
-        v_to_u8(q + j, v_mul(v, vinverse), vi_set1(zero), lanes);
+    if (j < k) { /* lanes from k on are -infinity, which becomes 0 whatever the zero point */
+        FB_UNROLL
+        for (int i = 0; i < 4; i++) {
+            const float *from = x + j + i * 16;
+            const ptrdiff_t left = k - j - i * 16;
+            v[i] = left >= 16 ? v_load(from) : left > 0 ? v_load_n(from, left, -INFINITY) : v_set1(-INFINITY);
+            v[i] = v_mul(v[i], vinverse);
+        }
+        v_to_u8x4(q + j, v, zero);
     }
-    for (j = k; j < fb_k8(k); j++)
-        q[j] = 0;
 }
 
 /* Rows in step, one for each lane of what is computed from their extremes: divisions take long, and are awaited once. */
@@ -263,6 +274,7 @@ static inline __attribute__((always_inline)) void quantize(const int mixed, ptrd
     for (ptrdiff_t at = 0; at < rows; at += ROWS_AT_ONCE) {
         const ptrdiff_t count = rows - at < ROWS_AT_ONCE ? rows - at : ROWS_AT_ONCE;
         float hi[16] = {0}, minus_lo[16] = {0}, nan[16] = {0}, inverse[16];
+        int32_t zeros[16];
         for (ptrdiff_t i = 0; i < count; i++) {
             extremes e = nothing_seen();
             if (mixed)
@@ -279,9 +291,10 @@ static inline __attribute__((always_inline)) void quantize(const int mixed, ptrd
         const vf vinverse = v_ifgt(step, below, v_div(v_set1(1.0f), step), none);
         v_store_n(scale + at, v_add(v_ifgt(step, below, step, none), vnan), count);
         v_store(inverse, vinverse);
-        v_store(hi, v_ifgt(step, below, v_sub(v_add(v_mul(v_load(minus_lo), vinverse), magic), magic), none));
+        const vf rounded = v_ifgt(step, below, v_add(v_mul(v_load(minus_lo), vinverse), magic), magic);
+        vi_store(zeros, vi_sub(v_bits(rounded), v_bits(magic)));
         for (ptrdiff_t i = 0; i < count; i++) {
-            zero[at + i] = (int32_t)hi[i];
+            zero[at + i] = zeros[i];
             quantize_row(k, mixed ? y + (at + i) * ldy : x + (at + i) * ldx, inverse[i], zero[at + i],
                          q + (at + i) * ldq);
         }

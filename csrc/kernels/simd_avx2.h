@@ -152,20 +152,6 @@ typedef struct {
 #define FB_BOTH_I(lo_expression, hi_expression)                                                                        \
     (vi) { lo_expression, hi_expression }
 
-static inline void v_to_u8(uint8_t *p, vf a, vi zero, ptrdiff_t n)
-{
-    uint8_t all[16];
-    const __m256i lo = _mm256_add_epi32(_mm256_cvtps_epi32(a.lo), zero.lo); /* a NaN gives -2^31 */
-    const __m256i hi = _mm256_add_epi32(_mm256_cvtps_epi32(a.hi), zero.hi);
-    const __m256i mixed = _mm256_permute4x64_epi64(_mm256_packus_epi32(lo, hi), 0xd8);
-    const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(mixed), _mm256_extracti128_si256(mixed, 1));
-    if (n == 16) {
-        _mm_storeu_si128((__m128i *)p, bytes);
-    } else {
-        _mm_storeu_si128((__m128i *)all, bytes);
-        memcpy(p, all, (size_t)n);
-    }
-}
 static inline void v_to_u8x4(uint8_t *p, const vf a[4], int32_t zero)
 {
     const __m256i z = _mm256_set1_epi16((int16_t)zero), order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);

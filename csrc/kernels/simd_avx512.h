@@ -103,11 +103,6 @@ static inline void v_transpose(vf r[16])
 /* ---- 16 int32 lanes (simd_scalar.h) ---- */
 typedef __m512i vi;
 
-static inline void v_to_u8(uint8_t *p, vf a, vi zero, ptrdiff_t n)
-{
-    const __m512i q = _mm512_add_epi32(_mm512_cvtps_epi32(a), zero); /* a NaN gives -2^31 */
-    _mm512_mask_cvtusepi32_storeu_epi8(p, v_mask(n), _mm512_max_epi32(q, _mm512_setzero_si512()));
-}
 static inline void v_to_u8x4(uint8_t *p, const vf a[4], int32_t zero)
 {
     const __m512i z = _mm512_set1_epi16((int16_t)zero),

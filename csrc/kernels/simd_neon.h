@@ -142,27 +142,17 @@ typedef struct {
     int32x4_t q[4];
 } vi;
 
-static inline void v_to_u8(uint8_t *p, vf a, vi zero, ptrdiff_t n)
-{
-    uint16x4_t half[4];
-    FB_UNROLL
-    for (int i = 0; i < 4; i++) /* a NaN gives 0, and its row has zero 0 */
-        half[i] = vqmovun_s32(vaddq_s32(vcvtnq_s32_f32(a.q[i]), zero.q[i]));
-    const uint8x16_t bytes =
-        vcombine_u8(vqmovn_u16(vcombine_u16(half[0], half[1])), vqmovn_u16(vcombine_u16(half[2], half[3])));
-    if (n == 16) {
-        vst1q_u8(p, bytes);
-    } else {
-        uint8_t all[16];
-        vst1q_u8(all, bytes);
-        memcpy(p, all, (size_t)n);
-    }
-}
 static inline vi vi_set1(int32_t x) { FB_QUARTERS(vi, vdupq_n_s32(x)); }
 static inline void v_to_u8x4(uint8_t *p, const vf a[4], int32_t zero)
 {
-    for (int i = 0; i < 4; i++)
-        v_to_u8(p + 16 * i, a[i], vi_set1(zero), 16);
+    for (int j = 0; j < 4; j++) {
+        uint16x4_t half[4];
+        FB_UNROLL
+        for (int i = 0; i < 4; i++) /* a NaN gives 0, and its row has zero 0 */
+            half[i] = vqmovun_s32(vaddq_s32(vcvtnq_s32_f32(a[j].q[i]), vdupq_n_s32(zero)));
+        vst1q_u8(p + 16 * j,
+                 vcombine_u8(vqmovn_u16(vcombine_u16(half[0], half[1])), vqmovn_u16(vcombine_u16(half[2], half[3]))));
+    }
 }
 static inline vi vi_load(const int32_t *p) { FB_QUARTERS(vi, vld1q_s32(p + 4 * i)); }
 static inline void vi_store(int32_t *p, vi a)

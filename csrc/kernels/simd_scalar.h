@@ -131,12 +131,12 @@ static inline void v_transpose(vf r[16])
 }
 
 /* ---- 16 int32 lanes ----
- *   v_to_u8     clamp(rint(lanes) + zero, 0, 255) to the first n bytes, 0 for a NaN; |lanes| < 2^22, ties to even
- *   v_to_u8x4   the same for 64 lanes, |lanes| < 2^14
+ *   v_to_u8x4   clamp(rint(lanes) + zero, 0, 255) of 64 lanes to as many bytes, ties to even; 0 for -infinity, and for a NaN
+ *               with zero 0; other lanes are below 2^14, zero is 0 .. 255
  *   vi_row      four bytes of a row of A for all columns
  *   vi_dot      acc + the four products of each column: r a row's four bytes, w 16 columns by 4 steps of k; r unsigned, w
  *               signed
- *   vi_dot_centred    the same with r signed and w unsigned; only with FB_S8_PAIRS
+ *   vi_dot_centred    the same with r signed and w unsigned; only with s8_pairs.inc.h
  *   v_bits      the bits of the lanes; vi_add, vi_sub and vi_shl are modulo 2^32
  *   vi_to_u8x64 lanes of four vectors, each 0 .. 255, to 64 bytes
  *   vi_store_zipped   `count` vectors at a time, 2 or 4 of the 4: a lane of each in turn; only for FB_S8_DEPTH 8 and 16
@@ -146,14 +146,6 @@ typedef struct {
     int32_t l[16];
 } vi;
 
-static inline void v_to_u8(uint8_t *p, vf a, vi zero, ptrdiff_t n)
-{
-    const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
-    for (ptrdiff_t i = 0; i < n; i++) {
-        const float x = a.l[i] + magic - magic + (float)zero.l[i];
-        p[i] = (uint8_t)(x > 255.0f ? 255.0f : x > 0.0f ? x : 0.0f);
-    }
-}
 typedef const uint8_t *vrow;
 static inline vrow vi_row(const void *p) { return p; }
 static inline vi vi_set1(int32_t x)
@@ -164,8 +156,11 @@ static inline vi vi_set1(int32_t x)
 }
 static inline void v_to_u8x4(uint8_t *p, const vf a[4], int32_t zero)
 {
-    for (int i = 0; i < 4; i++)
-        v_to_u8(p + 16 * i, a[i], vi_set1(zero), 16);
+    const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
+    for (int i = 0; i < 64; i++) {
+        const float x = a[i / 16].l[i % 16] + magic - magic + (float)zero;
+        p[i] = (uint8_t)(x > 255.0f ? 255.0f : x > 0.0f ? x : 0.0f);
+    }
 }
 static inline vi vi_load(const int32_t *p)
 {
