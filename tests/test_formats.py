@@ -76,20 +76,31 @@ def test_int8(tmp_path: Path, dtype: str) -> None:
         assert_same_outputs(other, found[0], dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("zipped", [True, False])
-def test_miniature_written_by_pytorch(tmp_path: Path, dtype: str, zipped: bool) -> None:
-    """The state_dict of transformers' BertForPreTraining, whose decoder shares a storage with the word embeddings."""
+@pytest.mark.parametrize("number", range(len(MINIATURES)), ids=[by_shape(shape) for shape in MINIATURES])
+def test_miniatures_written_by_pytorch(tmp_path: Path, number: int, request: pytest.FixtureRequest) -> None:
+    """Both layouts of .bin, of BertModel and of BertForPreTraining, whose decoder is stored as the word embeddings are.
+
+    Each dtype, class and layout in turn; all of them with --exhaustive.
+    """
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    write_model(tmp_path / "a", dtype=dtype, heads=True, prefix="bert.", hidden_size=128)
-    model = transformers.BertForPreTraining.from_pretrained(
-        tmp_path / "a", dtype={"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[dtype]
-    )
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
-    (tmp_path / "b" / "model.safetensors").unlink()
-    torch.save(model.state_dict(), tmp_path / "b" / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
-    assert_same_outputs(outputs(tmp_path / "a"), outputs(tmp_path / "b"), dtype)
+    everything = request.config.getoption("--exhaustive") or number == 0
+    shape = {key: value for key, value in MINIATURES[number].items() if key != "vocab_size"}  # the tests' small one
+    kinds, layouts = (transformers.BertModel, transformers.BertForPreTraining), (True, False)
+    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    for dtype in DTYPES if everything else [DTYPES[number % 3]]:
+        write_model(tmp_path / "a", dtype=dtype, heads=True, prefix="bert.", **shape)
+        expected = outputs(tmp_path / "a")
+        for kind in kinds if everything else [kinds[number // 3 % 2]]:
+            model = kind.from_pretrained(tmp_path / "a", dtype=dtypes[dtype])
+            for zipped in layouts if everything else [layouts[number // 6 % 2]]:
+                shutil.copytree(tmp_path / "a", tmp_path / "b", ignore=shutil.ignore_patterns("*.safetensors"))
+                torch.save(
+                    model.state_dict(), tmp_path / "b" / "pytorch_model.bin", _use_new_zipfile_serialization=zipped
+                )
+                assert_same_outputs(outputs(tmp_path / "b"), expected, f"{kind.__name__} {dtype} zip {zipped}")
+                shutil.rmtree(tmp_path / "b")
+        shutil.rmtree(tmp_path / "a")
 
 
 def test_every_half_and_every_order() -> None:
