@@ -1,6 +1,8 @@
 /* smoke.c: the C library without Python: loads a small model, runs a ragged batch, prints one line for each kernel set that
  * this CPU has and each precision: the name and a hash of all outputs. Lines of one precision agree, on every architecture:
  * .ci/arm compares them between x86-64 and the targets that it can emulate but has no Python for.
+ *
+ *     smoke [SET PRECISION PASSES]     this one alone, so many forward passes, on one thread: for bench/instructions.py
  */
 #include "dispatch.h"
 #include "fastbert.h"
@@ -10,7 +12,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { VOCAB = 50, HIDDEN = 96, HEADS = 3, INTERMEDIATE = 200, LAYERS = 2, POSITIONS = 72, TYPES = 2, TENSORS = 80 };
+#ifndef SHAPE
+#define SHAPE LAYERS = 2, HIDDEN = 96, HEADS = 3, INTERMEDIATE = 200
+#endif
+enum { SHAPE, VOCAB = 50, POSITIONS = 72, TYPES = 2, TENSORS = 80 };
 
 static fb_tensor tensors[TENSORS];
 static size_t num_tensors;
@@ -91,8 +96,10 @@ static uint64_t hash(uint64_t h, const float *x, size_t n)
 
 enum { SEQUENCES = 4, TOKENS = 96 }; /* the last has 72: attention in integers */
 
-int main(void)
+int main(int argc, char **argv)
 {
+    const int chosen = argc == 4, passes = chosen ? atoi(argv[3]) : 1;
+    const fb_run_options options = {.threads = chosen};
     static const int64_t offsets[SEQUENCES + 1] = {0, 1, 8, 24, TOKENS};
     static float hidden[TOKENS * HIDDEN], pooler[SEQUENCES * HIDDEN], vectors[SEQUENCES * HIDDEN];
     static int32_t ids[TOKENS];
@@ -118,17 +125,20 @@ int main(void)
             const fb_outputs out = {hidden, pooler, vectors};
             fb_model *model;
             fb_error err;
-            if (!row.supported)
+            const char *name = precision == FB_INT8 ? "int8" : "fp32";
+            if (!row.supported || (chosen && (strcmp(argv[1], row.kernels->isa) != 0 || strcmp(argv[2], name) != 0)))
                 continue;
-            if (fb_load(&config, tensors, num_tensors, row.kernels->isa, &model, &err) != FB_OK ||
-                fb_forward(model, &batch, &out, NULL, &err) != FB_OK) {
+            fb_status status = fb_load(&config, tensors, num_tensors, row.kernels->isa, &model, &err);
+            for (int pass = 0; status == FB_OK && pass < passes; pass++)
+                status = fb_forward(model, &batch, &out, &options, &err);
+            if (status != FB_OK) {
                 fprintf(stderr, "%s: %s\n", row.kernels->isa, err.text);
                 return 1;
             }
             fb_free(model);
             uint64_t h = hash(0xcbf29ce484222325u, hidden, TOKENS * HIDDEN);
             h = hash(hash(h, pooler, SEQUENCES * HIDDEN), vectors, SEQUENCES * HIDDEN);
-            printf("%s %s %016llx\n", precision == FB_INT8 ? "int8" : "fp32", row.kernels->isa, (unsigned long long)h);
+            printf("%s %s %016llx\n", name, row.kernels->isa, (unsigned long long)h);
         }
     return 0;
 }
