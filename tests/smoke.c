@@ -99,6 +99,7 @@ enum { SEQUENCES = 4, TOKENS = 96 }; /* the last has 72: attention in integers *
 int main(int argc, char **argv)
 {
     const int chosen = argc == 4, passes = chosen ? atoi(argv[3]) : 1;
+    int ran = 0;
     const fb_run_options options = {.threads = chosen};
     static const int64_t offsets[SEQUENCES + 1] = {0, 1, 8, 24, TOKENS};
     static float hidden[TOKENS * HIDDEN], pooler[SEQUENCES * HIDDEN], vectors[SEQUENCES * HIDDEN];
@@ -136,9 +137,10 @@ int main(int argc, char **argv)
                 return 1;
             }
             fb_free(model);
+            ran++;
             uint64_t h = hash(0xcbf29ce484222325u, hidden, TOKENS * HIDDEN);
             h = hash(hash(h, pooler, SEQUENCES * HIDDEN), vectors, SEQUENCES * HIDDEN);
             printf("%s %s %016llx\n", name, row.kernels->isa, (unsigned long long)h);
         }
-    return 0;
+    return ran == 0; /* a set that is not here */
 }
