@@ -2,7 +2,8 @@
 
     python -m bench.kernels [--isa NAME[,NAME]] [--only TEXT] [--rounds N] [--json PATH]
 
-Each case is checked against float64, then timed warm: in every round each kernel set runs each case once, repeated to
+Operands lie on 64-byte lines; int8 activations are quantised from normal ones. Each case is checked against float64, then
+timed warm: in every round each kernel set runs each case once, repeated to
 at least SAMPLE_S, with a short run of its peak (bench/peak.c) before and after: fused multiply-adds for gemm_f32, VNNI
 or AMX dot products of bytes for gemm_s8 on the sets that have them; a sixth of
 AMX products of bfloat16 for gemm_split. Printed: median and quartiles over the rounds.
@@ -128,7 +129,14 @@ def peaks(isa: str, folder: Path) -> dict[str, Timed]:
 
 
 def prepare(case: Case, kernels: KernelSet, peak: Timed | None) -> Timed:
-    operands = case.operands(seeded(case, 1))
+    rng = seeded(case, 1)
+    operands = case.operands(rng)
+    if isinstance(case, GemmS8):  # what one kernel set takes depends on how many activations are large
+        rows = QuantizeU8(case.m, case.k)
+        quantised = rows.bits({"x": rng.standard_normal((case.m, case.k), np.float32)})
+        a, zero, scale_a = np.split(quantised, [-2, -1], axis=1)
+        operands |= {"a": a.astype(np.uint8), "zero": zero[:, 0].astype(np.int32), "scale_a": scale_a[:, 0]}
+    operands = {name: aligned(name, values) for name, values in operands.items()}  # as in a model
     out = aligned("out", np.zeros(case.out_shape(), np.float32))
     run = case.bind(kernels, operands, out)
     run(1)
