@@ -4,12 +4,12 @@
 
 Operands lie on 64-byte lines; int8 activations are quantised from normal ones. Each case is checked against float64,
 then timed warm: in every round each kernel set runs each case once, repeated to at least SAMPLE_S, with a short run of
-its peak (bench/peak.c) before and after: fused multiply-adds for gemm_f32, VNNI or AMX dot products of bytes for gemm_s8
-on the sets that have them, a sixth of AMX products of bfloat16 for gemm_split. Printed: median and quartiles over the
-rounds. `share` is the median of the rate by the mean of the two peaks, so that a change of clock, or a neighbour on the same
-core, weighs on both; `by gemm_f32` the median over the rounds of the rate by that of gemm_f32 of the same shape and
-kernel set. GB/s counts operands and result once. Row operations are in nanoseconds per element. One thread, pinned to
-one core, by its CPU time.
+its peak (bench/peak.c) before and after: fused multiply-adds for gemm_f32, VNNI or AMX dot products of bytes for
+gemm_s8 on the sets that have them, a sixth of AMX products of bfloat16 for gemm_split. Printed: median and quartiles
+over the rounds. `share` is the median of the rate by the mean of the two peaks, so that a change of clock, or a
+neighbour on the same core, weighs on both; `by gemm_f32` the median over the rounds of the rate by that of gemm_f32 of
+the same shape and kernel set. GB/s counts operands and result once. Row operations are in nanoseconds per element. One
+thread, pinned to one core, by its CPU time.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ ALL_CASES: list[Case] = [
     *(op(128, 3072, 768, act, bias=True) for act in ("gelu", "gelu_tanh") for op in (GemmF32, GemmS8)),
     *(op(128, 768, 3072, bias=True, residual=True) for op in (GemmF32, GemmS8)),
     GemmS8(128, 512, 768),
-    *(op(128, *nk) for nk in ((128, 64), (64, 128)) for op in (GemmF32, GemmS8)),  # scores, context of an attention head
+    *(op(128, n, k) for n, k in ((128, 64), (64, 128)) for op in (GemmF32, GemmS8)),  # an attention head
     *(op(128, n) for n in (16, 128, 512) for op in (SoftmaxF32, SoftmaxU8)),
     *(LayerNormF32(128, n) for n in (128, 384, 768)),
     *(op(128, n) for n in (128, 384, 768, 1536, 3072) for op in (MixF32, QuantizeU8)),
