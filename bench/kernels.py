@@ -2,14 +2,14 @@
 
     python -m bench.kernels [--isa NAME[,NAME]] [--only TEXT] [--rounds N] [--json PATH]
 
-Operands lie on 64-byte lines; int8 activations are quantised from normal ones. Each case is checked against float64,
-then timed warm: in every round each kernel set runs each case once, repeated to at least SAMPLE_S, with a short run of
-its peak (bench/peak.c) before and after: fused multiply-adds for gemm_f32, VNNI or AMX dot products of bytes for
-gemm_s8 on the sets that have them, a sixth of AMX products of bfloat16 for gemm_split. Printed: median and quartiles
-over the rounds. `share` is the median of the rate by the mean of the two peaks, so that a change of clock, or a
-neighbour on the same core, weighs on both; `by gemm_f32` the median over the rounds of the rate by that of gemm_f32 of
-the same shape and kernel set. GB/s counts operands and result once. Row operations are in nanoseconds per element. One
-thread, pinned to one core, by its CPU time.
+Operands lie as in a model; int8 activations are quantised from normal ones. Each case is checked against float64, then
+timed: in every round each kernel set runs each case, once to fetch the operands, then repeated to at least SAMPLE_S,
+with a short run of its peak (bench/peak.c) before and after: fused multiply-adds for gemm_f32, VNNI or AMX dot products
+of bytes for gemm_s8 on the sets that have them, a sixth of AMX products of bfloat16 for gemm_split. Printed: median and
+quartiles over the rounds. `share` is the median of the rate by the mean of the two peaks, so that a change of clock, or
+a neighbour on the same core, weighs on both; `by gemm_f32` the median over the rounds of the rate by that of gemm_f32
+of the same shape and kernel set. GB/s counts operands and result once. Row operations are in nanoseconds per element.
+One thread, pinned to one core, by its CPU time.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from statistics import mean, median
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from bench.common import ROOT, environment, pin
@@ -75,6 +76,7 @@ class Timed:
     shares: list[float] = field(default_factory=list)  # of the peak, a value a round
 
     def sample(self) -> float:
+        self.run(1)  # its operands into the caches
         begin = time.thread_time()  # of this thread: what the core did for others does not count
         self.run(self.repeat)
         seconds = time.thread_time() - begin
@@ -127,6 +129,18 @@ def peaks(isa: str, folder: Path) -> dict[str, Timed]:
     return found
 
 
+def in_lines(name: str, values: NDArray[Any]) -> NDArray[Any]:
+    """A copy as a model has it: on a 64-byte line, its rows one longer than they need, lest they all fall into one set
+    of the L1 cache."""
+    if values.ndim == 1:
+        return aligned(name, values)
+    rows, n = values.shape
+    line = 64 // values.itemsize
+    copy = aligned(name, np.zeros((rows, -(-n // line) * line + line), values.dtype))[:, :n]
+    copy[...] = values
+    return copy
+
+
 def prepare(case: Case, kernels: KernelSet, peak: Timed | None) -> Timed:
     rng = seeded(case, 1)
     operands = case.operands(rng)
@@ -135,8 +149,8 @@ def prepare(case: Case, kernels: KernelSet, peak: Timed | None) -> Timed:
         quantised = rows.bits({"x": rng.standard_normal((case.m, case.k), np.float32)})
         a, zero, scale_a = np.split(quantised, [-2, -1], axis=1)
         operands |= {"a": a.astype(np.uint8), "zero": zero[:, 0].astype(np.int32), "scale_a": scale_a[:, 0]}
-    operands = {name: aligned(name, values) for name, values in operands.items()}  # as in a model
-    out = aligned("out", np.zeros(case.out_shape(), np.float32))
+    operands = {name: in_lines(name, values) for name, values in operands.items()}
+    out = in_lines("out", np.zeros(case.out_shape(), np.float32))
     run = case.bind(kernels, operands, out)
     run(1)
     Expected(f"{kernels.isa} {case.op} {case}", case.truth(operands), case.bound(operands), bits=None).check(out)
