@@ -29,10 +29,12 @@ enum {
     BUDGET = 256,      /* tokens of a micro-batch: weights are read once for so many rows, activations still fit L2 */
     BUDGET_MIN = 64,   /* not below this when batches are cut finer to give every thread some */
     FEW_FLOATS = 6144, /* of a few rows quantised at once: 24 KB */
-    ROW_BLOCK = 64,   /* rows of a float32 layer after attention at once: all they pass through stays in the L2 cache */
-    QUERY_BLOCK = 64, /* rows of scores held at once: 64 x 512 floats are 128 KB */
+    ROW_BLOCK = 64,    /* rows of a layer after attention at once: all they pass through stays in the L2 cache; */
+    SMALL_S8 = 65536,  /* but not of int8 layers with more weights in FFN-up, for they take longer to read again */
+    QUERY_BLOCK = 64,  /* rows of scores held at once: 64 x 512 floats are 128 KB */
     SEQ_S8 = 64, /* int8 models: from so many tokens on attention is integer; below, quantising costs what that saves */
-    RACK = 16    /* idle workspaces that a model keeps */
+    SEQ_BY_HEADS = 64, /* from so many tokens on (by_heads) */
+    RACK = 16          /* idle workspaces that a model keeps */
 };
 /* Rows a thread needs before reading all weights itself beats sharing the columns with barriers between operations. */
 static const ptrdiff_t ROWS_PER_THREAD = 24;
@@ -40,7 +42,7 @@ static const ptrdiff_t ROWS_PER_THREAD = 24;
 typedef struct workspace {
     size_t bytes;
     float *x, *y;    /* [tokens][ld_hidden]: the residual stream, and the next one being made */
-    float *qkv;      /* [tokens][ld_qkv] */
+    float *qkv;      /* [tokens][ld_qkv]: of each head its query, key and value; or by_heads, members' own */
     float *context;  /* [tokens][ld_hidden] */
     float *up;       /* [tokens][ld_intermediate] */
     uint8_t *q;      /* int8 models: [tokens][ld_q], the input of a linear layer, quantised; */
@@ -375,11 +377,31 @@ static void quantize(const micro_batch *b, const float *x, ptrdiff_t k, ptrdiff_
     meet_if_columns(b);
 }
 
+/* out = act(x W^T + bias) and residual, as the epilogue has it, of some rows and columns. x points to the first of the
+ * rows; int8 layers take what quantize made of them. */
+static void multiply(const micro_batch *b, const fb_linear *layer, ptrdiff_t row, ptrdiff_t rows, ptrdiff_t column,
+                     ptrdiff_t columns, const float *x, ptrdiff_t ldx, const fb_epilogue *epilogue, float *out,
+                     ptrdiff_t ldo)
+{
+    const fb_kernels *kernels = &b->model->kernels;
+    const workspace *ws = b->ws;
+    const char *packed = layer->packed;
+    const ptrdiff_t k = layer->in, ldq = b->model->ld_q;
+    if (layer->format == FB_FORMAT_S8)
+        kernels->gemm_s8->run(rows, columns, k, ws->q + row * ldq, ldq, ws->q_scale + row, ws->q_zero + row,
+                              packed + kernels->gemm_s8->packed_bytes(column, k), epilogue, out, ldo);
+    else if (layer->format == FB_FORMAT_SPLIT)
+        kernels->gemm_split->run(rows, columns, k, x, ldx, packed + kernels->gemm_split->packed_bytes(column, k),
+                                 epilogue, out, ldo, ws->split + (size_t)FB_SPLIT_SCRATCH * (size_t)b->team->rank);
+    else
+        kernels->gemm_f32->run(rows, columns, k, x, ldx, packed + kernels->gemm_f32->packed_bytes(column, k), epilogue,
+                               out, ldo);
+}
+
 /* out = residual + act(x W^T + bias), this member's share. spare: see quantize. */
 static void linear(const micro_batch *b, const fb_linear *layer, const float *x, ptrdiff_t ldx, float *spare,
                    fb_act act, const float *residual, ptrdiff_t ldr, float *out, ptrdiff_t ldo)
 {
-    const fb_kernels *kernels = &b->model->kernels;
     ptrdiff_t row = 0, rows_end = b->tokens, column = 0, columns_end = layer->out;
     if (b->by_rows) {
         row = b->row;
@@ -387,24 +409,12 @@ static void linear(const micro_batch *b, const fb_linear *layer, const float *x,
     } else {
         fb_split(b->team, layer->out, FB_STRIP, &column, &columns_end);
     }
-    const ptrdiff_t m = rows_end - row, n = columns_end - column;
-    const char *packed = layer->packed;
     const fb_epilogue epilogue = {layer->bias ? layer->bias + column : NULL, act,
                                   residual ? residual + row * ldr + column : NULL, ldr};
-    out += row * ldo + column;
-    if (layer->format == FB_FORMAT_S8) {
+    if (layer->format == FB_FORMAT_S8)
         quantize(b, x, layer->in, ldx, spare);
-        kernels->gemm_s8->run(m, n, layer->in, b->ws->q + row * b->model->ld_q, b->model->ld_q, b->ws->q_scale + row,
-                              b->ws->q_zero + row, packed + kernels->gemm_s8->packed_bytes(column, layer->in),
-                              &epilogue, out, ldo);
-    } else if (layer->format == FB_FORMAT_SPLIT) {
-        kernels->gemm_split->run(m, n, layer->in, x + row * ldx, ldx,
-                                 packed + kernels->gemm_split->packed_bytes(column, layer->in), &epilogue, out, ldo,
-                                 b->ws->split + (size_t)FB_SPLIT_SCRATCH * (size_t)b->team->rank);
-    } else {
-        kernels->gemm_f32->run(m, n, layer->in, x + row * ldx, ldx,
-                               packed + kernels->gemm_f32->packed_bytes(column, layer->in), &epilogue, out, ldo);
-    }
+    multiply(b, layer, row, rows_end - row, column, columns_end - column, x + row * ldx, ldx, &epilogue,
+             out + row * ldo + column, ldo);
 }
 
 static void layernorm(const micro_batch *b, const fb_norm *norm, const float *x, float *y)
@@ -442,19 +452,20 @@ static void embed(const micro_batch *b)
     layernorm(b, &w->embeddings_norm, b->ws->y, b->ws->x);
 }
 
-/* context [queries][head_dim] = softmax(q k^T / sqrt(head_dim)) v for one head of a sequence. */
-static void attend_f32(const fb_model *m, ptrdiff_t seq, ptrdiff_t queries, const float *q, const head_scratch *s,
-                       float *context)
+/* context [queries][head_dim] = softmax(q k^T / sqrt(head_dim)) v for one head of a sequence; a row of q is followed by
+ * its k and v. */
+static void attend_f32(const fb_model *m, ptrdiff_t seq, ptrdiff_t queries, const float *q, ptrdiff_t ldq,
+                       const head_scratch *s, float *context)
 {
     const fb_gemm_f32 *gemm = m->kernels.gemm_f32;
     const fb_epilogue plain = {NULL, FB_ACT_NONE, NULL, 0};
     const ptrdiff_t hidden = m->config.hidden_size, head_dim = hidden / m->config.num_attention_heads;
     const ptrdiff_t block = score_rows(seq);
-    gemm->pack(seq, head_dim, q + hidden, m->ld_qkv, 1, s->keys);
-    gemm->pack(head_dim, seq, q + 2 * hidden, 1, m->ld_qkv, s->values);
+    gemm->pack(seq, head_dim, q + head_dim, ldq, 1, s->keys);
+    gemm->pack(head_dim, seq, q + 2 * head_dim, 1, ldq, s->values);
     for (ptrdiff_t i = 0; i < queries; i += block) {
         const ptrdiff_t rows = queries - i < block ? queries - i : block;
-        gemm->run(rows, seq, head_dim, q + i * m->ld_qkv, m->ld_qkv, s->keys, &plain, s->scores, s->ld_scores);
+        gemm->run(rows, seq, head_dim, q + i * ldq, ldq, s->keys, &plain, s->scores, s->ld_scores);
         m->kernels.softmax_f32(rows, seq, 1.0f / sqrtf((float)head_dim), s->scores, s->ld_scores);
         gemm->run(rows, head_dim, seq, s->scores, s->ld_scores, s->values, &plain, context + i * m->ld_hidden,
                   m->ld_hidden);
@@ -462,18 +473,18 @@ static void attend_f32(const fb_model *m, ptrdiff_t seq, ptrdiff_t queries, cons
 }
 
 /* The same in integers: queries and keys have a scale per token, probabilities one per query, values one per channel. */
-static void attend_s8(const fb_model *m, ptrdiff_t seq, ptrdiff_t queries, const float *q, const head_scratch *s,
-                      float *context)
+static void attend_s8(const fb_model *m, ptrdiff_t seq, ptrdiff_t queries, const float *q, ptrdiff_t ldq,
+                      const head_scratch *s, float *context)
 {
     const fb_gemm_s8 *gemm = m->kernels.gemm_s8;
     const fb_epilogue plain = {NULL, FB_ACT_NONE, NULL, 0};
     const ptrdiff_t hidden = m->config.hidden_size, head_dim = hidden / m->config.num_attention_heads;
     const ptrdiff_t block = score_rows(seq);
-    gemm->pack_f32(seq, head_dim, q + hidden, m->ld_qkv, 1, s->keys);
-    gemm->pack_f32(head_dim, seq, q + 2 * hidden, 1, m->ld_qkv, s->values);
+    gemm->pack_f32(seq, head_dim, q + head_dim, ldq, 1, s->keys);
+    gemm->pack_f32(head_dim, seq, q + 2 * head_dim, 1, ldq, s->values);
     for (ptrdiff_t i = 0; i < queries; i += block) {
         const ptrdiff_t rows = queries - i < block ? queries - i : block;
-        m->kernels.quantize_u8(rows, head_dim, q + i * m->ld_qkv, m->ld_qkv, s->bytes, s->ld_bytes, s->scale, s->zero);
+        m->kernels.quantize_u8(rows, head_dim, q + i * ldq, ldq, s->bytes, s->ld_bytes, s->scale, s->zero);
         for (ptrdiff_t r = 0; r < rows; r++)
             s->scale[r] *= 1.0f / sqrtf((float)head_dim);
         gemm->run(rows, seq, head_dim, s->bytes, s->ld_bytes, s->scale, s->zero, s->keys, &plain, s->scores,
@@ -485,13 +496,26 @@ static void attend_s8(const fb_model *m, ptrdiff_t seq, ptrdiff_t queries, const
     }
 }
 
+/* Whether the queries, keys and values of a head are made right before it is attended, so that they never leave the
+ * caches: where sequences are long enough for weights to be read once for each, and members' buffers fit in ws->qkv (which
+ * is when no member waits for others' heads). Not in a narrow layer, which overwrites x meanwhile. */
+static int by_heads(const micro_batch *b, int narrow)
+{
+    const ptrdiff_t hidden = b->model->config.hidden_size, head_dim = hidden / b->model->config.num_attention_heads;
+    return !narrow && b->order[b->size - 1].length >= SEQ_BY_HEADS && 3 * head_dim % FB_STRIP == 0 &&
+           b->team->size * b->order[0].length * head_dim <= b->tokens * hidden;
+}
+
 /* context [tokens][hidden], one sequence and head at a time; in a narrow micro-batch [sequences][hidden], and x is
- * reduced to the same rows. */
-static void attention(const micro_batch *b)
+ * reduced to the same rows. qkv: the layer that is left to do here, by_heads, or NULL. */
+static void attention(const micro_batch *b, const fb_linear *qkv)
 {
     const fb_model *m = b->model;
+    const workspace *ws = b->ws;
     const ptrdiff_t hidden = m->config.hidden_size, heads = m->config.num_attention_heads, head_dim = hidden / heads;
-    char *scratch = b->ws->attention + attention_bytes(m, b->order[0].length) * (size_t)b->team->rank;
+    const ptrdiff_t longest = b->order[0].length, width = 3 * head_dim, ldq = qkv ? width : m->ld_qkv;
+    char *scratch = ws->attention + attention_bytes(m, longest) * (size_t)b->team->rank;
+    float *own = ws->qkv + b->team->rank * longest * width;
     ptrdiff_t unit = 0, first = 0, out = 0;
     for (ptrdiff_t s = 0; s < b->size; s++) {
         const ptrdiff_t seq = b->order[s].length, queries = rows_of(b, s);
@@ -499,12 +523,17 @@ static void attention(const micro_batch *b)
         for (ptrdiff_t head = 0; head < heads; head++) {
             if (unit++ % b->team->size != b->team->rank)
                 continue;
-            const float *q = b->ws->qkv + first * m->ld_qkv + head * head_dim;
-            float *context = b->ws->context + out * m->ld_hidden + head * head_dim;
-            (integer_attention(m, seq) ? attend_s8 : attend_f32)(m, seq, queries, q, &parts, context);
+            float *q = qkv ? own : ws->qkv + first * ldq + head * width;
+            if (qkv) {
+                const fb_epilogue epilogue = {qkv->bias + head * width, FB_ACT_NONE, NULL, 0};
+                multiply(b, qkv, first, seq, head * width, width, ws->x + first * m->ld_hidden, m->ld_hidden, &epilogue,
+                         q, ldq);
+            }
+            float *context = ws->context + out * m->ld_hidden + head * head_dim;
+            (integer_attention(m, seq) ? attend_s8 : attend_f32)(m, seq, queries, q, ldq, &parts, context);
         }
         if (b->narrow && b->team->rank == 0)
-            memmove(b->ws->x + out * m->ld_hidden, b->ws->x + first * m->ld_hidden, (size_t)hidden * sizeof(float));
+            memmove(ws->x + out * m->ld_hidden, ws->x + first * m->ld_hidden, (size_t)hidden * sizeof(float));
         first += seq;
         out += queries;
     }
@@ -533,17 +562,22 @@ static void layer(micro_batch *b, const fb_layer *l, int narrow)
 {
     const fb_model *m = b->model;
     const workspace *ws = b->ws;
-    linear(b, &l->qkv, ws->x, m->ld_hidden, ws->y, FB_ACT_NONE, NULL, 0, ws->qkv, m->ld_qkv);
+    const int later = by_heads(b, narrow);
+    if (!later)
+        linear(b, &l->qkv, ws->x, m->ld_hidden, ws->y, FB_ACT_NONE, NULL, 0, ws->qkv, m->ld_qkv);
+    else if (l->qkv.format == FB_FORMAT_S8)
+        quantize(b, ws->x, m->config.hidden_size, m->ld_hidden, ws->y);
     fb_barrier(b->team);
     b->narrow = narrow;
-    attention(b);
+    attention(b, later ? &l->qkv : NULL);
     fb_barrier(b->team);
     if (narrow)
         share(b, b->size);
     micro_batch part = *b;
     const ptrdiff_t rows = b->rows_end - b->row;
-    const ptrdiff_t parts =
-        b->by_rows && l->intermediate.format == FB_FORMAT_F32 ? (rows + ROW_BLOCK - 1) / ROW_BLOCK : 1;
+    const int cut = l->intermediate.format == FB_FORMAT_F32 ||
+                    (l->intermediate.format == FB_FORMAT_S8 && l->intermediate.out * l->intermediate.in <= SMALL_S8);
+    const ptrdiff_t parts = b->by_rows && cut ? (rows + ROW_BLOCK - 1) / ROW_BLOCK : 1;
     for (ptrdiff_t i = 0; i < parts; i++) {
         part.row = b->row + rows * i / parts;
         part.rows_end = b->row + rows * (i + 1) / parts;

@@ -103,7 +103,7 @@ static inline void convert_row(fb_dtype dtype, const unsigned char *in, int64_t 
 void fb_tensor_to_f32(const fb_tensor *t, int64_t first, int64_t rows, int64_t columns, float *out)
 {
     const int64_t item = t->dtype == FB_F64 ? 8 : t->dtype == FB_F32 ? 4 : 2;
-    const int64_t row = t->strides == NULL || t->rank == 1 ? columns : t->strides[0];
+    const int64_t row = t->strides == NULL ? columns : t->strides[0];
     const int64_t column = t->strides == NULL ? 1 : t->strides[t->rank - 1];
     const unsigned char *in = (const unsigned char *)t->data + first * row * item;
     if (column == 1 && row == columns)
@@ -280,10 +280,10 @@ static fb_norm norm(walk *w, const char *prefix, ptrdiff_t n)
     return r;
 }
 
-/* `parts` linear layers of [out][in] stacked into one of [parts * out][in], in int8 `mixed` or not. A missing bias is an
- * error unless optional. */
-static fb_linear linear(walk *w, const char *prefix, const char *const *names, int parts, ptrdiff_t out, ptrdiff_t in,
-                        fb_format format, int mixed, int bias_optional)
+/* `parts` linear layers of [out][in] as one of [parts * out][in], `run` rows of each in turn; in int8 `mixed` or not. A
+ * missing bias is an error unless optional. */
+static fb_linear linear(walk *w, const char *prefix, const char *const *names, int parts, ptrdiff_t out, ptrdiff_t run,
+                        ptrdiff_t in, fb_format format, int mixed, int bias_optional)
 {
     char name[160];
     const ptrdiff_t n = parts * out;
@@ -302,7 +302,8 @@ static fb_linear linear(walk *w, const char *prefix, const char *const *names, i
         snprintf(name, sizeof name, "%s%s.weight", prefix, names[part]);
         const fb_tensor *t = expect(w, name, out, in);
         if (t != NULL && w->block != NULL) {
-            fb_tensor_to_f32(t, 0, out, in, w->staging + part * out * in);
+            for (ptrdiff_t j = 0; j < out; j += run)
+                fb_tensor_to_f32(t, j, run, in, w->staging + (j * parts + part * run) * in);
             let_go(t);
         }
         snprintf(name, sizeof name, "%s%s.bias", prefix, names[part]);
@@ -312,7 +313,8 @@ static fb_linear linear(walk *w, const char *prefix, const char *const *names, i
         if (part == 0)
             r.bias = bias = take(w, (size_t)n * sizeof *bias);
         if (t != NULL && w->block != NULL)
-            fb_tensor_to_f32(t, 0, 1, out, bias + part * out);
+            for (ptrdiff_t j = 0; j < out; j += run)
+                fb_tensor_to_f32(t, j, run, 1, bias + j * parts + part * run);
     }
     if (w->status != FB_OK || w->block == NULL)
         return r;
@@ -343,7 +345,7 @@ fb_format fb_encoder_format(const fb_config *config, const fb_kernels *kernels)
 static void walk_model(walk *w, const fb_config *c, ptrdiff_t pooled_dim, fb_weights *out)
 {
     static const char *const qkv[] = {"query", "key", "value"}, *const itself[] = {""};
-    const ptrdiff_t hidden = c->hidden_size;
+    const ptrdiff_t hidden = c->hidden_size, head_dim = hidden / c->num_attention_heads, inner = c->intermediate_size;
     const fb_format format = fb_encoder_format(c, w->kernels);
     char prefix[128];
 
@@ -359,25 +361,24 @@ static void walk_model(walk *w, const fb_config *c, ptrdiff_t pooled_dim, fb_wei
     for (int i = 0; i < c->num_hidden_layers && w->status == FB_OK; i++) {
         fb_layer *layer = &out->layers[i];
 #define FB_PREFIX(rest) (snprintf(prefix, sizeof prefix, "encoder.layer.%d." rest, i), prefix)
-        layer->qkv = linear(w, FB_PREFIX("attention.self."), qkv, 3, hidden, hidden, format, 1, 0);
+        layer->qkv = linear(w, FB_PREFIX("attention.self."), qkv, 3, hidden, head_dim, hidden, format, 1, 0);
         layer->attention_output =
-            linear(w, FB_PREFIX("attention.output.dense"), itself, 1, hidden, hidden, format, 0, 0);
+            linear(w, FB_PREFIX("attention.output.dense"), itself, 1, hidden, hidden, hidden, format, 0, 0);
         layer->attention_norm = norm(w, FB_PREFIX("attention.output.LayerNorm"), hidden);
-        layer->intermediate =
-            linear(w, FB_PREFIX("intermediate.dense"), itself, 1, c->intermediate_size, hidden, format, 1, 0);
-        layer->output = linear(w, FB_PREFIX("output.dense"), itself, 1, hidden, c->intermediate_size, format, 1, 0);
+        layer->intermediate = linear(w, FB_PREFIX("intermediate.dense"), itself, 1, inner, inner, hidden, format, 1, 0);
+        layer->output = linear(w, FB_PREFIX("output.dense"), itself, 1, hidden, hidden, inner, format, 1, 0);
         layer->output_norm = norm(w, FB_PREFIX("output.LayerNorm"), hidden);
 #undef FB_PREFIX
     }
     memset(&out->pooler, 0, sizeof out->pooler);
     if (find(w, "pooler.dense.weight") != NULL)
-        out->pooler = linear(w, "pooler.dense", itself, 1, hidden, hidden, FB_FORMAT_F32, 0, 0);
+        out->pooler = linear(w, "pooler.dense", itself, 1, hidden, hidden, hidden, FB_FORMAT_F32, 0, 0);
     for (int i = 0; i < c->num_dense && w->status == FB_OK; i++) {
         snprintf(prefix, sizeof prefix, "dense.%d.weight", i);
         const fb_tensor *t = find(w, prefix);
         const ptrdiff_t dim = t != NULL && t->rank == 2 && t->shape[0] > 0 ? (ptrdiff_t)t->shape[0] : 1;
         snprintf(prefix, sizeof prefix, "dense.%d", i);
-        out->dense[i] = linear(w, prefix, itself, 1, dim, pooled_dim, FB_FORMAT_F32, 0, 1);
+        out->dense[i] = linear(w, prefix, itself, 1, dim, dim, pooled_dim, FB_FORMAT_F32, 0, 1);
         pooled_dim = dim;
     }
 }

@@ -24,7 +24,7 @@ typedef struct fb_norm {
 } fb_norm;
 
 typedef struct fb_layer {
-    fb_linear qkv; /* [3 hidden][hidden]: query, key and value stacked */
+    fb_linear qkv; /* [heads][3][head_dim][hidden]: of each head its queries, keys and values */
     fb_linear attention_output;
     fb_norm attention_norm;
     fb_linear intermediate;
@@ -53,7 +53,8 @@ fb_status fb_weights_load(fb_weights *weights, const fb_config *config, ptrdiff_
                           const fb_tensor *tensors, size_t num_tensors, fb_error *err);
 void fb_weights_free(fb_weights *weights);
 
-/* Rows first .. first + rows - 1 of a tensor [..][columns] or, of rank 1, [columns], to float32 in C order. */
+/* Rows first .. first + rows - 1 of a tensor [..][columns] to float32 in C order. One of rank 1 is a row, or, where columns
+ * is 1, a column. */
 void fb_tensor_to_f32(const fb_tensor *tensor, int64_t first, int64_t rows, int64_t columns, float *out);
 
 /* 64-byte aligned memory, its content undefined; NULL when there is none. Freed by fb_aligned_free. */
