@@ -7,7 +7,6 @@
  * and, for the sums of a tile, either
  *   vi_dot(acc, row, w)                    one dot product of four bytes for 16 columns (meaning in simd_scalar.h)
  * or
- * or
  *   includes s8_pairs.inc.h                products of bytes that fit 16 bits not quite
  * or
  *   FB_S8_SUMS                             a function (mr, nv, k, a, lda, strip, strip_bytes, ahead, sums): see s8_sums.
