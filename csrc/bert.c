@@ -737,7 +737,8 @@ fb_status fb_forward(const fb_model *model, const fb_batch *batch, const fb_outp
         options = &defaults;
     const ptrdiff_t tokens = (ptrdiff_t)batch->offsets[batch->size];
     int threads = options->threads > 0 ? options->threads : fb_get_num_threads();
-    if ((double)tokens * token_work(&model->config) < FB_SMALL_WORK)
+    const double fast = model->config.precision == FB_INT8 ? model->kernels.gemm_s8->small_work : 0;
+    if ((double)tokens * token_work(&model->config) < (fast > 0 ? fast : FB_SMALL_WORK))
         threads = 1;
     ptrdiff_t budget = BUDGET;
     if (threads > 1 && tokens / (4 * threads) < budget)

@@ -51,7 +51,8 @@ static void pause_cpu(void) {}
 
 enum {
     MAX_THREADS = 256,
-    SPINS = 2000 /* about 20-80 microseconds of pauses, the cost of a wake-up or two */
+    SPINS = 2000,      /* pauses before sleep: about 20-80 microseconds, the cost of a wake-up or two */
+    TEAM_SPINS = 20000 /* in a team, whose members all have a core: who sleeps may wake on the core of another */
 };
 
 /* A number that only grows, and those who wait for it to reach a value. */
@@ -72,9 +73,9 @@ static void event_advance(event *e)
     }
 }
 
-static void event_wait_past(event *e, uint32_t seen)
+static void event_wait_past(event *e, uint32_t seen, int spins)
 {
-    for (int i = 0; i < SPINS; i++) {
+    for (int i = 0; i < spins; i++) {
         if (atomic_load(&e->value) != seen)
             return;
         pause_cpu();
@@ -100,7 +101,8 @@ typedef struct mailbox {
 static struct {
     fb_mutex busy; /* held by the caller whose team runs */
     int started;   /* worker threads alive: ranks 1 .. started */
-    int size;      /* of the team that runs, and what it runs */
+    int size;      /* of the team that runs, how long its members spin, and what it runs */
+    int spins;
     fb_team_fn *fn;
     void *arg;
     _Atomic int unfinished; /* workers of the team that have not returned from fn */
@@ -125,14 +127,14 @@ void fb_barrier(const fb_team *team)
         atomic_store(&b->arrived, 0);
         event_advance(&b->opened);
     } else {
-        event_wait_past(&b->opened, seen);
+        event_wait_past(&b->opened, seen, pool.spins);
     }
 }
 
 static void worker(int rank)
 {
     for (uint32_t seen = 0;; seen++) {
-        event_wait_past(&pool.mailboxes[rank].work, seen);
+        event_wait_past(&pool.mailboxes[rank].work, seen, SPINS);
         const fb_team team = {rank, pool.size, &pool.barrier};
         pool.fn(&team, pool.arg);
         if (atomic_fetch_sub(&pool.unfinished, 1) == 1)
@@ -207,6 +209,8 @@ static void grow(int workers)
     }
 }
 
+static int machine_threads(void);
+
 void fb_parallel(int threads, fb_team_fn *fn, void *arg)
 {
     const fb_team alone = {0, 1, NULL};
@@ -224,6 +228,7 @@ void fb_parallel(int threads, fb_team_fn *fn, void *arg)
         return;
     }
     pool.size = team.size;
+    pool.spins = team.size <= machine_threads() ? TEAM_SPINS : SPINS;
     pool.fn = fn;
     pool.arg = arg;
     atomic_store(&pool.unfinished, team.size - 1);
@@ -231,7 +236,7 @@ void fb_parallel(int threads, fb_team_fn *fn, void *arg)
     for (int rank = 1; rank < team.size; rank++)
         event_advance(&pool.mailboxes[rank].work);
     fn(&team, arg);
-    event_wait_past(&pool.finished, seen);
+    event_wait_past(&pool.finished, seen, pool.spins);
     unlock(&pool.busy);
 }
 
@@ -303,7 +308,7 @@ static int allowed_cores(void)
     return cores;
 }
 
-static int machine_threads(void)
+static int count_threads(void)
 {
     int cores = allowed_cores();
     const int quota = quota_cpus();
@@ -314,15 +319,25 @@ static int machine_threads(void)
     return cores;
 }
 #elif defined(_WIN32)
-static int machine_threads(void)
+static int count_threads(void)
 {
     SYSTEM_INFO info;
     GetSystemInfo(&info);
     return (int)info.dwNumberOfProcessors;
 }
 #else
-static int machine_threads(void) { return (int)sysconf(_SC_NPROCESSORS_ONLN); }
+static int count_threads(void) { return (int)sysconf(_SC_NPROCESSORS_ONLN); }
 #endif
+
+/* What this machine allows: counted once, for the files do not change what a call costs. */
+static int machine_threads(void)
+{
+    static _Atomic int counted;
+    int n = atomic_load(&counted);
+    if (n == 0)
+        atomic_store(&counted, n = count_threads());
+    return n;
+}
 
 /* A whole positive number, or 0. OMP_NUM_THREADS may be a list ("4,2"): its first entry counts. */
 static int threads_from(const char *variable)
@@ -342,11 +357,7 @@ int fb_get_num_threads(void)
         n = threads_from("FASTBERT_NUM_THREADS");
     if (n == 0)
         n = threads_from("OMP_NUM_THREADS");
-    if (n == 0) {
-        static _Atomic int machine; /* read once: the files do not change what a call costs */
-        n = atomic_load(&machine);
-        if (n == 0)
-            atomic_store(&machine, n = machine_threads());
-    }
+    if (n == 0)
+        n = machine_threads();
     return n < 1 ? 1 : n > MAX_THREADS ? MAX_THREADS : n;
 }

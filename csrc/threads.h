@@ -9,8 +9,9 @@
  *     }
  *
  * The caller is rank 0 and works too. The pool is made on first use that needs it, grows to the largest team asked for,
- * and is made anew in a forked child. Its threads spin for some microseconds, then sleep: an idle pool uses no CPU.
- * While one caller has the pool, another caller runs its function alone (size 1): it never waits.
+ * and is made anew in a forked child. Its threads spin for some microseconds, in a team for up to a millisecond, then
+ * sleep: an idle pool uses no CPU. While one caller has the pool, another caller runs its function alone (size 1): it never
+ * waits.
  */
 #ifndef FB_THREADS_H
 #define FB_THREADS_H
