@@ -497,8 +497,8 @@ static void attend_s8(const fb_model *m, ptrdiff_t seq, ptrdiff_t queries, const
 }
 
 /* Whether the queries, keys and values of a head are made right before it is attended, so that they never leave the
- * caches: where sequences are long enough for weights to be read once for each, and members' buffers fit in ws->qkv (which
- * is when no member waits for others' heads). Not in a narrow layer, which overwrites x meanwhile. */
+ * caches: where sequences are long enough for weights to be read once for each, and a buffer for each member, of the
+ * longest sequence, fits in ws->qkv. Not in a narrow layer, which overwrites x meanwhile. */
 static int by_heads(const micro_batch *b, int narrow)
 {
     const ptrdiff_t hidden = b->model->config.hidden_size, head_dim = hidden / b->model->config.num_attention_heads;
@@ -737,8 +737,8 @@ fb_status fb_forward(const fb_model *model, const fb_batch *batch, const fb_outp
         options = &defaults;
     const ptrdiff_t tokens = (ptrdiff_t)batch->offsets[batch->size];
     int threads = options->threads > 0 ? options->threads : fb_get_num_threads();
-    const double fast = model->config.precision == FB_INT8 ? model->kernels.gemm_s8->small_work : 0;
-    if ((double)tokens * token_work(&model->config) < (fast > 0 ? fast : FB_SMALL_WORK))
+    const double small_work = model->config.precision == FB_INT8 ? model->kernels.gemm_s8->small_work : FB_SMALL_WORK;
+    if ((double)tokens * token_work(&model->config) < small_work)
         threads = 1;
     ptrdiff_t budget = BUDGET;
     if (threads > 1 && tokens / (4 * threads) < budget)

@@ -161,8 +161,7 @@ typedef struct fb_gemm_s8 {
     void (*pack_f32)(ptrdiff_t n, ptrdiff_t k, const float *w, ptrdiff_t stride_n, ptrdiff_t stride_k, void *packed);
     void (*run)(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const uint8_t *a, ptrdiff_t lda, const float *scale_a,
                 const int32_t *zero, const void *packed, const fb_epilogue *epilogue, float *c, ptrdiff_t ldc);
-    double
-        small_work; /* where it is so fast that FB_SMALL_WORK (threads.h) is too little: what to take instead; else 0 */
+    double small_work; /* multiply-adds under which a second thread costs more than it saves */
 } fb_gemm_s8;
 
 /* Row reductions (softmax, layernorm) run in 16 virtual lanes: element j goes to lane j mod 16, each lane in ascending

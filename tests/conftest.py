@@ -50,10 +50,10 @@ def seed(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture(params=[name for name, _ in kernel_sets()])
 def kernels(request: pytest.FixtureRequest) -> KernelSet:
-    """Each kernel set of this build in turn; skips those that this CPU has not."""
+    """Each kernel set of this build in turn; skips those that this CPU, or its OS, does not run."""
     name = request.param
     if not dict(kernel_sets())[name]:
-        pytest.skip(f"this CPU has no {name}")
+        pytest.skip(f"this CPU, or its OS, does not run {name}")
     request.node.user_properties.append(("isa", name))
     return KernelSet(name)
 

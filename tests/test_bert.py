@@ -26,7 +26,7 @@ from tests.models import Batch, Model, Sentence
 from tests.reference import Outputs
 
 ISAS = [
-    pytest.param(isa, marks=pytest.mark.skipif(not supported, reason=f"this CPU has no {isa}"))
+    pytest.param(isa, marks=pytest.mark.skipif(not supported, reason=f"this CPU, or its OS, does not run {isa}"))
     for isa, supported in _core.isas()
 ]
 each_isa = pytest.mark.parametrize("isa", ISAS)

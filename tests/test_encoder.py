@@ -31,7 +31,7 @@ from tests.models import VOCABULARY, Sentence, write_model
 
 WORDS = [word for word in VOCABULARY if word.isalpha()]
 ISAS = [
-    pytest.param(isa, marks=pytest.mark.skipif(not supported, reason=f"this CPU has no {isa}"))
+    pytest.param(isa, marks=pytest.mark.skipif(not supported, reason=f"this CPU, or its OS, does not run {isa}"))
     for isa, supported in _core.isas()
 ]
 DIM = 2 * 64  # two pooling modes of 64 features

@@ -40,7 +40,7 @@ static const int fb_s8_strips[FB_S8_MR + 1] = {0, 4, 2, 2, 1, 1, 1};
 static const fb_gemm_f32 gemm_f32 = {"gemm_f32_6x16_avx2", packed_bytes_avx2, pack_avx2, gemm_f32_avx2};
 
 static const fb_gemm_s8 gemm_s8 = {"gemm_s8_6x16_avx2", s8_packed_bytes_avx2, s8_pack_avx2,
-                                   s8_pack_f32_avx2,    gemm_s8_avx2,         0};
+                                   s8_pack_f32_avx2,    gemm_s8_avx2,         5e6};
 
 const fb_kernels fb_kernels_avx2 = {
     .isa = "avx2",

@@ -38,7 +38,7 @@ static const int fb_s8_strips[FB_S8_MR + 1] = {0, 8, 8, 8, 4, 4, 4, 3, 3};
 static const fb_gemm_f32 gemm_f32 = {"gemm_f32_8x48_avx512", packed_bytes_avx512, pack_avx512, gemm_f32_avx512};
 
 static const fb_gemm_s8 gemm_s8 = {"gemm_s8_8x48_avx512", s8_packed_bytes_avx512, s8_pack_avx512,
-                                   s8_pack_f32_avx512,    gemm_s8_avx512,         0};
+                                   s8_pack_f32_avx512,    gemm_s8_avx512,         5e6};
 
 const fb_kernels fb_kernels_avx512 = {
     .isa = "avx512",
