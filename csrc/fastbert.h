@@ -170,6 +170,10 @@ fb_status fb_softmax(ptrdiff_t rows, ptrdiff_t n, float *x, fb_error *err);
 int fb_get_num_threads(void);
 void fb_set_num_threads(int threads);
 
+/* `threads` (0: fb_get_num_threads()), but no more than CPUs are allowed by affinity mask and cgroup quota: members of
+ * a larger team would wait for one another. fb_forward and fb_head_run take their number as it is. */
+int fb_usable_threads(int threads);
+
 #ifdef __cplusplus
 }
 #endif

@@ -277,7 +277,14 @@ static int quota_cpus(void)
     return cpus < MAX_THREADS ? (int)cpus : MAX_THREADS;
 }
 
-/* CPUs of the affinity mask that are the first of their core within the mask; every CPU where /sys says nothing. */
+/* CPUs of the calling thread's affinity mask, 0 where the system does not say. */
+static int allowed_cpus(void)
+{
+    cpu_set_t mask;
+    return sched_getaffinity(0, sizeof mask, &mask) == 0 ? CPU_COUNT(&mask) : 0;
+}
+
+/* Those of them that are the first of their core within the mask; every one where /sys says nothing. */
 static int allowed_cores(void)
 {
     cpu_set_t mask;
@@ -308,16 +315,15 @@ static int allowed_cores(void)
     return cores;
 }
 
-static int count_threads(void)
+static int within_quota(int n)
 {
-    int cores = allowed_cores();
     const int quota = quota_cpus();
-    if (cores < 1)
-        cores = (int)sysconf(_SC_NPROCESSORS_ONLN);
-    if (quota > 0 && quota < cores)
-        cores = quota;
-    return cores;
+    if (n < 1)
+        n = (int)sysconf(_SC_NPROCESSORS_ONLN);
+    return quota > 0 && quota < n ? quota : n;
 }
+static int count_threads(void) { return within_quota(allowed_cores()); }
+static int most_threads(void) { return within_quota(allowed_cpus()); }
 #elif defined(_WIN32)
 static int count_threads(void)
 {
@@ -325,8 +331,10 @@ static int count_threads(void)
     GetSystemInfo(&info);
     return (int)info.dwNumberOfProcessors;
 }
+static int most_threads(void) { return count_threads(); }
 #else
 static int count_threads(void) { return (int)sysconf(_SC_NPROCESSORS_ONLN); }
+static int most_threads(void) { return count_threads(); }
 #endif
 
 /* What this machine allows: counted once, for the files do not change what a call costs. */
@@ -360,4 +368,14 @@ int fb_get_num_threads(void)
     if (n == 0)
         n = machine_threads();
     return n < 1 ? 1 : n > MAX_THREADS ? MAX_THREADS : n;
+}
+
+int fb_usable_threads(int threads)
+{
+    if (threads < 1)
+        threads = fb_get_num_threads();
+    if (threads <= machine_threads())
+        return threads;
+    const int most = most_threads(); /* not counted once: rare, and the mask of this thread may be another */
+    return most < 1 ? 1 : threads < most ? threads : most;
 }

@@ -304,7 +304,7 @@ def test_info(folder: Path, encoder: Encoder) -> None:
     assert {name: state for name, state in report["kernels"].items() if state != "not supported by this CPU"} == {
         name: state for name, state in states.items() if state
     }
-    assert report["threads"] == _core.get_num_threads()
+    assert report["threads"] == _core.usable_threads()
     assert "model" not in report
     report = json.loads(output("info", "-m", folder, "--json"))
     assert report["model"] == json.loads(json.dumps(encoder.info()))

@@ -495,6 +495,33 @@ def test_threads_default(monkeypatch: pytest.MonkeyPatch) -> None:
         fastbert.set_num_threads(-1)
 
 
+def test_threads_beyond_the_cpus(folder: Path, encoder: Encoder) -> None:
+    """A team is no larger than the CPUs that its caller may use."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    many = load(folder, threads=200)
+    assert 1 <= many.info()["threads"] <= cpus
+    assert bits(many.encode(sentences(40))) == bits(encoder.encode(sentences(40)))
+    try:
+        fastbert.set_num_threads(200)
+        assert fastbert.get_num_threads() == 200
+        assert load(folder).info()["threads"] == many.info()["threads"]
+    finally:
+        fastbert.set_num_threads(0)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds no thread to CPUs")
+def test_threads_follow_the_affinity_mask(folder: Path) -> None:
+    """Of the calling thread, after the count of the machine's cores too."""
+    encoder, cpu = load(folder, threads=200), min(os.sched_getaffinity(0))
+
+    def bound() -> int:
+        os.sched_setaffinity(0, {cpu})
+        return encoder.info()["threads"]
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(bound).result() == 1
+
+
 def test_names() -> None:
     assert all(hasattr(fastbert, name) for name in fastbert.__all__)
     assert fastbert.__version__[0].isdigit()

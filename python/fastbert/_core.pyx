@@ -106,6 +106,7 @@ cdef extern from "fastbert.h" nogil:
     fb_status fb_softmax(ptrdiff_t, ptrdiff_t, float *, fb_error *)
     int fb_get_num_threads()
     void fb_set_num_threads(int)
+    int fb_usable_threads(int)
 
 
 cdef extern from "dispatch.h" nogil:
@@ -472,3 +473,8 @@ def set_num_threads(int threads):
     if threads < 0:
         raise ValueError(f"threads: expected 0 or more, got {threads}")
     fb_set_num_threads(threads)
+
+
+def usable_threads(int threads=0):
+    """`threads`, or get_num_threads() for 0, but no more than the CPUs that this thread may use."""
+    return fb_usable_threads(threads)

@@ -333,7 +333,7 @@ def _info(args: argparse.Namespace) -> None:
             name: "chosen" if chosen else "supported" if supported else "not supported by this CPU"
             for name, supported, chosen in kernels()
         },
-        "threads": _core.get_num_threads(),
+        "threads": _core.usable_threads(),
     }
     if args.model is not None:
         report["model"] = _load(Encoder, args).info()

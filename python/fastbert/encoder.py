@@ -108,7 +108,8 @@ class Encoder(Pretrained):
         1.07 times as fast for 64 tokens in a batch and 1.36 times for 128, but half as fast for 16 and fewer.
         Without effect on other CPUs and on "int8".
     threads : int, optional
-        Threads per call, at least 1. Default: `fastbert.get_num_threads()` at the time of the call.
+        Threads per call, at least 1; more than the CPUs that the caller may run on count as those. Default:
+        `fastbert.get_num_threads()` at the time of the call.
     max_seq_length : int, optional
         Tokens per text, [CLS] and [SEP] included, at most the model's positions. Default: what the model's files say.
     revision, cache_dir, local_files_only, token
@@ -386,7 +387,7 @@ class Encoder(Pretrained):
                 batch.type_ids,
                 hidden=plan.tokens,
                 vectors=not plan.tokens,
-                threads=self.threads or 0,
+                threads=self._threads,
             )
             if hidden is not None:
                 yield _Step([hidden[a:b] for a, b in pairwise(batch.offsets)], counts, batch.truncated)
@@ -455,7 +456,7 @@ class Encoder(Pretrained):
             type_ids,
             hidden=True,
             pooler=self._model.has_pooler,
-            threads=self.threads or 0,
+            threads=self._threads,
         )
         padded = np.zeros((*ids.shape, self._model.hidden_size), np.float32)
         padded[mask] = hidden
@@ -489,7 +490,7 @@ class Encoder(Pretrained):
         bounds = _integers("offsets", offsets, "batch + 1", ids.size + 1, dtype=np.int64)
         if type_ids is not None:
             type_ids = _integers("type_ids", type_ids, "tokens", self.config.type_vocab_size, like=ids)
-        return self._model.forward(ids, bounds, type_ids, hidden=True, threads=self.threads or 0)[0]
+        return self._model.forward(ids, bounds, type_ids, hidden=True, threads=self._threads)[0]
 
     # ---- vectors ----
 
@@ -525,7 +526,7 @@ class Encoder(Pretrained):
 
     def info(self) -> dict[str, Any]:
         """What was loaded and how it runs, ready for JSON. Names that end in _bytes count bytes."""
-        threads = self.threads or _core.get_num_threads()
+        threads = self._threads
         return self._info() | {
             "pooling": list(self.pooling),
             "dense": list(self.dense),
@@ -549,7 +550,7 @@ class Encoder(Pretrained):
         tokens = positive("max_batch_tokens", max_batch_tokens)
         return {
             "weights_bytes": self._model.weights_bytes,
-            "scratch_bytes": self._model.scratch_bytes(self.threads or 0),
+            "scratch_bytes": self._model.scratch_bytes(self._threads),
             "input_bytes": (4 + 4 + 8) * tokens + 8,
             "hidden_bytes": 4 * self._model.hidden_size * tokens,
         }

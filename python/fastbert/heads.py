@@ -243,15 +243,13 @@ class TaskModel(Pretrained):
     def _logits(self, rows: Floats) -> Floats:
         """The head on rows [n, hidden] of what it reads: [n, outputs]."""
         for layer in self._layers:
-            rows = layer(rows, threads=self.threads or 0)
+            rows = layer(rows, threads=self._threads)
         return rows
 
     def _encode(self, batch: TokenBatch) -> Floats:
         """What the head reads: a row for each text, or for each token."""
         wanted = {"pooler": "pooler", "first": "vectors", "hidden": "hidden"}[self._head.reads]
-        outputs = self._model.forward(
-            batch.ids, batch.offsets, batch.type_ids, **{wanted: True}, threads=self.threads or 0
-        )
+        outputs = self._model.forward(batch.ids, batch.offsets, batch.type_ids, **{wanted: True}, threads=self._threads)
         return next(rows for rows in outputs if rows is not None)
 
     def _report_long(
@@ -269,7 +267,7 @@ class TaskModel(Pretrained):
         return self._info() | {
             "task": self.task,
             "labels": list(self.id2label.values()),
-            "threads": self.threads or _core.get_num_threads(),
+            "threads": self._threads,
         }
 
 

@@ -39,7 +39,8 @@ class Pretrained(ABC):
     config : BertConfig
     tokenizer : Tokenizer
     threads : int or None
-        Threads per call; None: `fastbert.get_num_threads()` at the time of the call. May be set.
+        Threads per call; None: `fastbert.get_num_threads()` at the time of the call. May be set. No more are used than
+        the CPUs that the calling thread may run on.
     """
 
     _state: ClassVar[tuple[str, ...]] = ()
@@ -95,6 +96,11 @@ class Pretrained(ABC):
     def from_pretrained(cls, model: str | os.PathLike[str] | None = None, **options: Any) -> Any:
         """The same call as the class itself."""
         return cls(model, **options)
+
+    @property
+    def _threads(self) -> int:
+        """Threads that a call made now uses."""
+        return _core.usable_threads(self.threads or 0)
 
     @property
     def max_seq_length(self) -> int:
