@@ -45,10 +45,27 @@ typedef struct fb_s8_tile_args {
     ptrdiff_t row;
 } fb_s8_tile_args;
 
-/* Rows begin .. end - 1 of a tile from exact sums [mr][nv * 16], rows lds apart, to float32, one strip after the other. */
-static inline __attribute__((always_inline)) void s8_finish_as(const fb_act act, ptrdiff_t begin, ptrdiff_t end,
-                                                               ptrdiff_t nv, const int32_t *sums, ptrdiff_t lds,
-                                                               const fb_s8_tile_args *t)
+/* m rows of one strip from exact sums, rows lds apart, to float32. All that a row needs is at hand: at K = 128 what this
+ * takes is a quarter of what the products take. */
+static inline __attribute__((always_inline)) void
+s8_finish_strip(const fb_act act, const int add, ptrdiff_t m, const int32_t *sums, ptrdiff_t lds, const float *scale_a,
+                const int32_t *zero, vi w_sums, vf w_scales, vf bias, const float *residual, ptrdiff_t ldr,
+                ptrdiff_t columns, float *c, ptrdiff_t ldc)
+{
+    for (ptrdiff_t i = 0; i < m; i++, sums += lds, c += ldc) {
+        const vi shift = vi_mul(w_sums, vi_set1(zero[i] - FB_A_SHIFT));
+        const vi exact = vi_sub(vi_load(sums), shift);
+        vf x = v_fma(vi_to_f32(exact), v_mul(v_set1(scale_a[i]), w_scales), bias);
+        x = v_act_s8(act, x);
+        if (add)
+            x = v_add(load_columns(residual + i * ldr, columns), x);
+        store_columns(c, x, columns);
+    }
+}
+
+/* m rows of a tile from exact sums [m][nv * 16], rows lds apart, to float32, one strip after the other. */
+static inline __attribute__((always_inline)) void
+s8_finish_as(const fb_act act, ptrdiff_t m, ptrdiff_t nv, const int32_t *sums, ptrdiff_t lds, const fb_s8_tile_args *t)
 {
     for (ptrdiff_t j = 0; j < nv; j++) {
         const int8_t *after = t->strip + (j + 1) * t->strip_bytes - 128;
@@ -56,29 +73,31 @@ static inline __attribute__((always_inline)) void s8_finish_as(const fb_act act,
         const vf w_scales = v_load((const float *)(after + 64));
         const ptrdiff_t columns = j == nv - 1 ? t->last_columns : 16;
         const vf bias = t->bias ? load_columns(t->bias + j * 16, columns) : v_set1(0.0f);
-        for (ptrdiff_t i = begin; i < end; i++) {
-            const vi shift = vi_mul(w_sums, vi_set1(t->zero[i] - FB_A_SHIFT));
-            const vi exact = vi_sub(vi_load(sums + i * lds + j * 16), shift);
-            vf x = v_fma(vi_to_f32(exact), v_mul(v_set1(t->scale_a[i]), w_scales), bias);
-            x = v_act_s8(act, x);
-            if (t->residual)
-                x = v_add(load_columns(t->residual + i * t->ldr + j * 16, columns), x);
-            store_columns(t->c + i * t->ldc + j * 16, x, columns);
-        }
+        const float *residual = t->residual ? t->residual + j * 16 : NULL;
+#define FB_FINISH(add, columns)                                                                                        \
+    s8_finish_strip(act, add, m, sums + j * 16, lds, t->scale_a, t->zero, w_sums, w_scales, bias, residual, t->ldr,    \
+                    columns, t->c + j * 16, t->ldc)
+        if (columns == 16 && !t->residual)
+            FB_FINISH(0, 16);
+        else if (columns == 16 && act == FB_ACT_NONE)
+            FB_FINISH(1, 16);
+        else
+            FB_FINISH(t->residual != NULL, columns);
+#undef FB_FINISH
     }
 }
 
 /* One function for all tiles: their code stays small. */
-static __attribute__((noinline)) void s8_finish(ptrdiff_t begin, ptrdiff_t end, ptrdiff_t nv, const int32_t *sums,
-                                                ptrdiff_t lds, const fb_s8_tile_args *t)
+static __attribute__((noinline)) void s8_finish(ptrdiff_t m, ptrdiff_t nv, const int32_t *sums, ptrdiff_t lds,
+                                                const fb_s8_tile_args *t)
 {
     switch (t->act) { /* a loop of its own for each activation: no branch in it, and constants in registers */
-    case FB_ACT_NONE: s8_finish_as(FB_ACT_NONE, begin, end, nv, sums, lds, t); break;
-    case FB_ACT_GELU: s8_finish_as(FB_ACT_GELU, begin, end, nv, sums, lds, t); break;
-    case FB_ACT_GELU_TANH: s8_finish_as(FB_ACT_GELU_TANH, begin, end, nv, sums, lds, t); break;
-    case FB_ACT_RELU: s8_finish_as(FB_ACT_RELU, begin, end, nv, sums, lds, t); break;
-    case FB_ACT_SILU: s8_finish_as(FB_ACT_SILU, begin, end, nv, sums, lds, t); break;
-    case FB_ACT_TANH: s8_finish_as(FB_ACT_TANH, begin, end, nv, sums, lds, t); break;
+    case FB_ACT_NONE: s8_finish_as(FB_ACT_NONE, m, nv, sums, lds, t); break;
+    case FB_ACT_GELU: s8_finish_as(FB_ACT_GELU, m, nv, sums, lds, t); break;
+    case FB_ACT_GELU_TANH: s8_finish_as(FB_ACT_GELU_TANH, m, nv, sums, lds, t); break;
+    case FB_ACT_RELU: s8_finish_as(FB_ACT_RELU, m, nv, sums, lds, t); break;
+    case FB_ACT_SILU: s8_finish_as(FB_ACT_SILU, m, nv, sums, lds, t); break;
+    case FB_ACT_TANH: s8_finish_as(FB_ACT_TANH, m, nv, sums, lds, t); break;
     }
 }
 
@@ -289,7 +308,7 @@ typedef void fb_s8_tile(const fb_s8_tile_args *t);
         _Alignas(64) int32_t sums[mr * 8 * 16];                                                                        \
         s8_ask_for_c(mr, nv, t);                                                                                       \
         s8_sums(mr, nv, t, sums);                                                                                      \
-        s8_finish(0, mr, nv, sums, 8 * 16, t);                                                                         \
+        s8_finish(mr, nv, sums, 8 * 16, t);                                                                            \
     }
 FB_S8_TILES(FB_TILE)
 #undef FB_TILE
