@@ -11,8 +11,8 @@
 
 #define FB_ISA_NAME(op) op##_avx512
 #include "activations.inc.h"
-#include "rows.inc.h"
 #include "epilogue.inc.h"
+#include "rows.inc.h"
 
 #define FB_GEMM_MR 8
 #define FB_GEMM_TILES FB_TILES_8X48

@@ -11,8 +11,8 @@
 
 #define FB_ISA_NAME(op) op##_neon
 #include "activations.inc.h"
-#include "rows.inc.h"
 #include "epilogue.inc.h"
+#include "rows.inc.h"
 
 #define FB_GEMM_MR 5
 #define FB_GEMM_TILES(X) X(1, 1) X(1, 2) X(1, 3) X(1, 4) X(2, 1) X(2, 2) X(3, 1) X(4, 1) X(5, 1)

@@ -1,7 +1,7 @@
 /* rows.inc.h: the row operations, written once over the 16-lane vector of simd_*.h: softmax, also in bytes, LayerNorm, mixing,
  * quantising.
  *
- * A kernel file includes its simd_*.h and activations.inc.h, defines FB_ISA_NAME(op), and includes this file.
+ * A kernel file includes its simd_*.h, activations.inc.h and epilogue.inc.h, defines FB_ISA_NAME(op), and includes this file.
  */
 #include "unroll.h"
 
@@ -83,38 +83,68 @@ static void FB_ISA_NAME(softmax_u8)(ptrdiff_t rows, ptrdiff_t n, const float *x,
     }
 }
 
+enum { LAYERNORM_ROWS = 4 };
+static inline __attribute__((always_inline)) void layernorm_columns(const int m, ptrdiff_t columns, const float *x,
+                                                                    ptrdiff_t ldx, const float *mean, const float *rstd,
+                                                                    const float *gamma, const float *beta, float *y,
+                                                                    ptrdiff_t ldy)
+{
+    const vf g = load_columns(gamma, columns), b = load_columns(beta, columns);
+    FB_UNROLL
+    for (int i = 0; i < m; i++) {
+        const vf d = v_mul(v_sub(load_columns(x + i * ldx, columns), v_set1(mean[i])), v_set1(rstd[i]));
+        store_columns(y + i * ldy, v_fma(d, g, b), columns);
+    }
+}
+
+/* m rows in step: a sum is a chain in which each addition waits for the one before. */
+static inline __attribute__((always_inline)) void layernorm_rows(const int m, ptrdiff_t n, const float *x,
+                                                                 ptrdiff_t ldx, const float *gamma, const float *beta,
+                                                                 float eps, float *y, ptrdiff_t ldy)
+{
+    const ptrdiff_t body = n - n % 16, tail = n - body;
+    vf sum[LAYERNORM_ROWS], squares[LAYERNORM_ROWS];
+    float mean[LAYERNORM_ROWS], rstd[LAYERNORM_ROWS];
+    FB_UNROLL
+    for (int i = 0; i < m; i++)
+        sum[i] = squares[i] = v_set1(0.0f);
+    for (ptrdiff_t j = 0; j < body; j += 16)
+        FB_UNROLL
+    for (int i = 0; i < m; i++)
+        sum[i] = v_add(sum[i], v_load(x + i * ldx + j));
+    FB_UNROLL
+    for (int i = 0; i < m; i++) {
+        if (tail)
+            sum[i] = v_add(sum[i], v_load_n(x + i * ldx + body, tail, 0.0f));
+        mean[i] = v_sum(sum[i]) / (float)n;
+    }
+    for (ptrdiff_t j = 0; j < body; j += 16)
+        FB_UNROLL
+    for (int i = 0; i < m; i++) {
+        const vf d = v_sub(v_load(x + i * ldx + j), v_set1(mean[i]));
+        squares[i] = v_fma(d, d, squares[i]);
+    }
+    FB_UNROLL
+    for (int i = 0; i < m; i++) {
+        if (tail) {
+            const vf d = v_sub(v_load_n(x + i * ldx + body, tail, mean[i]), v_set1(mean[i]));
+            squares[i] = v_fma(d, d, squares[i]);
+        }
+        rstd[i] = 1.0f / sqrtf(v_sum(squares[i]) / (float)n + eps);
+    }
+    for (ptrdiff_t j = 0; j < body; j += 16)
+        layernorm_columns(m, 16, x + j, ldx, mean, rstd, gamma + j, beta + j, y + j, ldy);
+    if (tail)
+        layernorm_columns(m, tail, x + body, ldx, mean, rstd, gamma + body, beta + body, y + body, ldy);
+}
+
 static void FB_ISA_NAME(layernorm_f32)(ptrdiff_t rows, ptrdiff_t n, const float *x, ptrdiff_t ldx, const float *gamma,
                                        const float *beta, float eps, float *y, ptrdiff_t ldy)
 {
-    const ptrdiff_t body = n - n % 16, tail = n - body;
-    for (ptrdiff_t i = 0; i < rows; i++, x += ldx, y += ldy) {
-        vf sum = v_set1(0.0f);
-        for (ptrdiff_t j = 0; j < body; j += 16)
-            sum = v_add(sum, v_load(x + j));
-        if (tail)
-            sum = v_add(sum, v_load_n(x + body, tail, 0.0f));
-        const float mean = v_sum(sum) / (float)n;
-        const vf vmean = v_set1(mean);
-        vf squares = v_set1(0.0f);
-        for (ptrdiff_t j = 0; j < body; j += 16) {
-            const vf d = v_sub(v_load(x + j), vmean);
-            squares = v_fma(d, d, squares);
-        }
-        if (tail) {
-            const vf d = v_sub(v_load_n(x + body, tail, mean), vmean);
-            squares = v_fma(d, d, squares);
-        }
-        const vf rstd = v_set1(1.0f / sqrtf(v_sum(squares) / (float)n + eps));
-        for (ptrdiff_t j = 0; j < body; j += 16) {
-            const vf d = v_mul(v_sub(v_load(x + j), vmean), rstd);
-            v_store(y + j, v_fma(d, v_load(gamma + j), v_load(beta + j)));
-        }
-        if (tail) {
-            const vf d = v_mul(v_sub(v_load_n(x + body, tail, 0.0f), vmean), rstd);
-            const vf g = v_load_n(gamma + body, tail, 0.0f), b = v_load_n(beta + body, tail, 0.0f);
-            v_store_n(y + body, v_fma(d, g, b), tail);
-        }
-    }
+    for (; rows >= LAYERNORM_ROWS; rows -= LAYERNORM_ROWS, x += LAYERNORM_ROWS * ldx, y += LAYERNORM_ROWS * ldy)
+        layernorm_rows(LAYERNORM_ROWS, n, x, ldx, gamma, beta, eps, y, ldy);
+    for (; rows > 0; rows--, x += ldx, y += ldy)
+        layernorm_rows(1, n, x, ldx, gamma, beta, eps, y, ldy);
 }
 
 /* ---- int8: mixing and quantising ---- */

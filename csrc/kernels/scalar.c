@@ -7,8 +7,8 @@
 
 #define FB_ISA_NAME(op) op##_scalar
 #include "activations.inc.h"
-#include "rows.inc.h"
 #include "epilogue.inc.h"
+#include "rows.inc.h"
 
 #define FB_GEMM_MR 2
 #define FB_GEMM_TILES(X) X(1, 1) X(2, 1)

@@ -39,10 +39,10 @@ static inline vf v_scale2(vf p, vf t)
 {
     return _mm512_mul_ps(p, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(t), 23)));
 }
-static inline vf v_fold(vf a)
+static inline vf v_fold(vf a) /* swapped + a below, swapped - a above: no product is rounded */
 {
-    const __m512 swapped = _mm512_shuffle_f32x4(a, a, 0x4e);
-    return _mm512_mask_sub_ps(_mm512_add_ps(a, swapped), 0xff00, swapped, a);
+    const __m512 signs = _mm512_setr_ps(1, 1, 1, 1, 1, 1, 1, 1, -1, -1, -1, -1, -1, -1, -1, -1);
+    return _mm512_fmadd_ps(a, signs, _mm512_shuffle_f32x4(a, a, 0x4e));
 }
 static inline float v_sum(vf a)
 {
