@@ -5,6 +5,8 @@
  */
 #include "unroll.h"
 
+enum { ROWS_IN_STEP = 4 };
+
 /* In two chains: one would wait for each comparison. */
 static inline float row_largest(ptrdiff_t n, const float *x)
 {
@@ -19,31 +21,53 @@ static inline float row_largest(ptrdiff_t n, const float *x)
     return v_largest(v_max(largest, other));
 }
 
-static void FB_ISA_NAME(softmax_f32)(ptrdiff_t rows, ptrdiff_t n, float scale, float *x, ptrdiff_t ldx)
+static const float lanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+/* m rows in step: a row's largest element, and then its sum, are awaited. */
+static inline __attribute__((always_inline)) void softmax_rows(const int m, ptrdiff_t n, vf c, vf low, vf lowest,
+                                                               float *x, ptrdiff_t ldx)
 {
     const ptrdiff_t body = n - n % 16, tail = n - body;
-    const double exponent = (double)scale * 1.4426950408889634; /* of 2 */
-    const float rounded = (float)exponent;
-    const vf c = v_set1(rounded), low = v_set1((float)(exponent - (double)rounded)), lowest = v_set1(-87.3f / scale);
-    for (ptrdiff_t i = 0; i < rows; i++, x += ldx) {
-        const vf most = v_set1(row_largest(n, x));
+    float most[ROWS_IN_STEP], inverse[ROWS_IN_STEP];
+    vf last[ROWS_IN_STEP]; /* not stored until it is finished: a load after a store of a part of a vector waits long */
+    FB_UNROLL
+    for (int i = 0; i < m; i++)
+        most[i] = row_largest(n, x + i * ldx);
+    FB_UNROLL
+    for (int i = 0; i < m; i++) {
+        float *row = x + i * ldx;
         vf sum = v_set1(0.0f);
         for (ptrdiff_t j = 0; j < body; j += 16) {
-            const vf e = v_exp2_times(v_max(lowest, v_sub(v_load(x + j), most)), c, low);
-            v_store(x + j, e);
+            const vf e = v_exp2_times(v_max(lowest, v_sub(v_load(row + j), v_set1(most[i]))), c, low);
+            v_store(row + j, e);
             sum = v_add(sum, e);
         }
         if (tail) {
-            const vf d = v_max(lowest, v_sub(v_load_n(x + body, tail, 0.0f), most));
-            v_store_n(x + body, v_exp2_times(d, c, low), tail);
-            sum = v_add(sum, v_load_n(x + body, tail, 0.0f));
+            const vf d = v_max(lowest, v_sub(v_load_n(row + body, tail, 0.0f), v_set1(most[i])));
+            last[i] = v_ifgt(v_set1((float)tail), v_load(lanes), v_exp2_times(d, c, low), v_set1(0.0f));
+            sum = v_add(sum, last[i]);
         }
-        const vf inverse = v_set1(1.0f / v_sum(sum));
-        for (ptrdiff_t j = 0; j < body; j += 16)
-            v_store(x + j, v_mul(v_load(x + j), inverse));
-        if (tail)
-            v_store_n(x + body, v_mul(v_load_n(x + body, tail, 0.0f), inverse), tail);
+        inverse[i] = 1.0f / v_sum(sum);
     }
+    FB_UNROLL
+    for (int i = 0; i < m; i++) {
+        float *row = x + i * ldx;
+        for (ptrdiff_t j = 0; j < body; j += 16)
+            v_store(row + j, v_mul(v_load(row + j), v_set1(inverse[i])));
+        if (tail)
+            v_store_n(row + body, v_mul(last[i], v_set1(inverse[i])), tail);
+    }
+}
+
+static void FB_ISA_NAME(softmax_f32)(ptrdiff_t rows, ptrdiff_t n, float scale, float *x, ptrdiff_t ldx)
+{
+    const double exponent = (double)scale * 1.4426950408889634; /* of 2 */
+    const float rounded = (float)exponent;
+    const vf c = v_set1(rounded), low = v_set1((float)(exponent - (double)rounded)), lowest = v_set1(-87.3f / scale);
+    for (; rows >= ROWS_IN_STEP; rows -= ROWS_IN_STEP, x += ROWS_IN_STEP * ldx)
+        softmax_rows(ROWS_IN_STEP, n, c, low, lowest, x, ldx);
+    for (; rows > 0; rows--, x += ldx)
+        softmax_rows(1, n, c, low, lowest, x, ldx);
 }
 
 /* softmax_u8 awaits the largest elements of so many rows at once: 1.1 times as fast as row by row. */
@@ -83,7 +107,6 @@ static void FB_ISA_NAME(softmax_u8)(ptrdiff_t rows, ptrdiff_t n, const float *x,
     }
 }
 
-enum { LAYERNORM_ROWS = 4 };
 static inline __attribute__((always_inline)) void layernorm_columns(const int m, ptrdiff_t columns, const float *x,
                                                                     ptrdiff_t ldx, const float *mean, const float *rstd,
                                                                     const float *gamma, const float *beta, float *y,
@@ -103,8 +126,8 @@ static inline __attribute__((always_inline)) void layernorm_rows(const int m, pt
                                                                  float eps, float *y, ptrdiff_t ldy)
 {
     const ptrdiff_t body = n - n % 16, tail = n - body;
-    vf sum[LAYERNORM_ROWS], squares[LAYERNORM_ROWS];
-    float mean[LAYERNORM_ROWS], rstd[LAYERNORM_ROWS];
+    vf sum[ROWS_IN_STEP], squares[ROWS_IN_STEP];
+    float mean[ROWS_IN_STEP], rstd[ROWS_IN_STEP];
     FB_UNROLL
     for (int i = 0; i < m; i++)
         sum[i] = squares[i] = v_set1(0.0f);
@@ -141,8 +164,8 @@ static inline __attribute__((always_inline)) void layernorm_rows(const int m, pt
 static void FB_ISA_NAME(layernorm_f32)(ptrdiff_t rows, ptrdiff_t n, const float *x, ptrdiff_t ldx, const float *gamma,
                                        const float *beta, float eps, float *y, ptrdiff_t ldy)
 {
-    for (; rows >= LAYERNORM_ROWS; rows -= LAYERNORM_ROWS, x += LAYERNORM_ROWS * ldx, y += LAYERNORM_ROWS * ldy)
-        layernorm_rows(LAYERNORM_ROWS, n, x, ldx, gamma, beta, eps, y, ldy);
+    for (; rows >= ROWS_IN_STEP; rows -= ROWS_IN_STEP, x += ROWS_IN_STEP * ldx, y += ROWS_IN_STEP * ldy)
+        layernorm_rows(ROWS_IN_STEP, n, x, ldx, gamma, beta, eps, y, ldy);
     for (; rows > 0; rows--, x += ldx, y += ldy)
         layernorm_rows(1, n, x, ldx, gamma, beta, eps, y, ldy);
 }
