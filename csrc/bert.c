@@ -1,9 +1,9 @@
 /* bert.c: the forward pass, in the order of the paper (Devlin et al., arXiv:1810.04805), over a ragged batch.
  *
  *   fb_forward
- *     plan         sequences, longest first, are cut into micro-batches of about BUDGET tokens
- *     fb_parallel  many micro-batches: each thread runs whole ones, alone, no barriers
- *                  few: the team runs each together, splitting rows or columns of every operation
+ *     plan         sequences, longest first, are cut into micro-batches of about BUDGET tokens, or fewer for each thread some
+ *     fb_parallel  each thread runs whole ones, alone, no barriers; or where these would leave threads idle, the team runs
+ *                  each together, splitting rows or columns of every operation
  *       run_micro_batch
  *         embed    word + position + type, LayerNorm
  *         layer    QKV | attention | output + residual, LayerNorm | FFN up, act | FFN down + residual, LayerNorm;
@@ -27,7 +27,7 @@
 
 enum {
     BUDGET = 256,      /* tokens of a micro-batch: weights are read once for so many rows, activations still fit L2 */
-    BUDGET_MIN = 64,   /* not below this when batches are cut finer to give every thread some */
+    BUDGET_MIN = 64,   /* cut finer to give every thread some, but not below this or a thread's share */
     FEW_FLOATS = 6144, /* of a few rows quantised at once: 24 KB */
     ROW_BLOCK = 64,    /* rows of a layer after attention at once: all they pass through stays in the L2 cache; */
     SMALL_S8 = 65536,  /* but not of int8 layers with more weights in FFN-up, for they take longer to read again */
@@ -309,8 +309,12 @@ static int longest_first(const void *a, const void *b)
     return p->index < q->index ? -1 : 1;
 }
 
-static void make_plan(const fb_batch *batch, ptrdiff_t budget, plan *p)
+/* Micro-batches for so many threads that run whole ones. */
+static void make_plan(const fb_batch *batch, ptrdiff_t tokens, int threads, plan *p)
 {
+    const ptrdiff_t share = (tokens + threads - 1) / threads, least = share < BUDGET_MIN ? share : BUDGET_MIN;
+    const ptrdiff_t fine = share / 4 > least ? share / 4 : least,
+                    budget = threads == 1 || fine > BUDGET ? BUDGET : fine;
     for (ptrdiff_t i = 0; i < batch->size; i++)
         p->order[i] = (place){(ptrdiff_t)(batch->offsets[i + 1] - batch->offsets[i]), i};
     if (batch->size > 1)
@@ -325,6 +329,14 @@ static void make_plan(const fb_batch *batch, ptrdiff_t budget, plan *p)
             tokens = 0;
         }
     }
+}
+
+/* Whether threads that run whole micro-batches are idle for less than a fifth of the time: then they need no barriers and
+ * share no activations, whose way from core to core may be long. */
+static int busy_apart(const plan *p, ptrdiff_t tokens, int threads)
+{
+    const ptrdiff_t rounds = (p->count + threads - 1) / threads;
+    return p->count >= 2 * threads || 4 * rounds * p->tokens_most * threads <= 5 * tokens;
 }
 
 /* ---- the forward pass of one micro-batch ---- */
@@ -740,16 +752,16 @@ fb_status fb_forward(const fb_model *model, const fb_batch *batch, const fb_outp
     const double small_work = model->config.precision == FB_INT8 ? model->kernels.gemm_s8->small_work : FB_SMALL_WORK;
     if ((double)tokens * token_work(&model->config) < small_work)
         threads = 1;
-    ptrdiff_t budget = BUDGET;
-    if (threads > 1 && tokens / (4 * threads) < budget)
-        budget = tokens / (4 * threads) < BUDGET_MIN ? BUDGET_MIN : tokens / (4 * threads);
-
     plan p = {0};
     p.order = malloc((size_t)batch->size * sizeof *p.order);
     p.cuts = malloc((size_t)(batch->size + 1) * sizeof *p.cuts);
-    if (p.order != NULL && p.cuts != NULL)
-        make_plan(batch, budget, &p);
-    const int together = threads > 1 && p.count < 2 * threads;
+    int together = 0;
+    if (p.order != NULL && p.cuts != NULL) {
+        make_plan(batch, tokens, threads, &p);
+        together = threads > 1 && !busy_apart(&p, tokens, threads);
+        if (together)
+            make_plan(batch, tokens, 1, &p);
+    }
     const int spaces = together ? 1 : threads;
     workspace **ws = calloc((size_t)spaces, sizeof *ws);
     int made = 0;
