@@ -228,6 +228,22 @@ def test_first_tokens_alone(precision: str, isa: str, lengths: tuple[int, ...]) 
         np.testing.assert_array_equal(core.forward(*batch, pooler=True, threads=threads)[1], pooler)
 
 
+@each_isa
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("lengths", [(130,), (64, 64), (64, 64, 64), (20,) * 16, (90, 4, 33, 70, 8, 51), (3,) * 40])
+def test_any_number_of_threads(precision: str, isa: str, lengths: tuple[int, ...]) -> None:
+    """Threads that run whole texts, or share every operation, as busy_apart in bert.c has it, give the bits of one."""
+    model = models.random_model(seed=6, **SHAPES["head64"] | {"num_hidden_layers": 2, "max_position_embeddings": 130})
+    batch = models.random_batch(lengths, model.config["vocab_size"])
+    core = _core.Model(model.config | {"pooling": ("mean",), "precision": precision}, model.tensors(), isa)
+    expected = core.forward(*batch, hidden=True, pooler=True, vectors=True, threads=1)
+    for threads in (2, 3, 4, 7):
+        for result, one in zip(
+            core.forward(*batch, hidden=True, pooler=True, vectors=True, threads=threads), expected, strict=True
+        ):
+            np.testing.assert_array_equal(result, one)
+
+
 # ---- through the Python surface ----
 
 
