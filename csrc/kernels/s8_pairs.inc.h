@@ -143,11 +143,11 @@ static inline __attribute__((always_inline)) void s8_add_out_as(const int centre
         for (; group < end; group += 2)
             FB_UNROLL
         for (int g = 0; g < 2; g++) {
-            const ptrdiff_t p = group[g] * 4;
-            const vrow bytes = vi_row(out + p);
+            const size_t at = group[g];
+            const vrow bytes = vi_row(out + at * 4);
             FB_UNROLL
             for (int j = 0; j < nv; j++)
-                acc[j] = s8_dot(centred, acc[j], bytes, s8_weights(centred, strip + j * strip_bytes + p * 16));
+                acc[j] = s8_dot(centred, acc[j], bytes, s8_weights(centred, strip + j * strip_bytes + at * 64));
         }
         FB_UNROLL
         for (int j = 0; j < nv; j++)
