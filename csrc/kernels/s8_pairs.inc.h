@@ -126,8 +126,8 @@ static inline vi s8_dot(const int centred, vi acc, vrow row, vi w)
     return centred ? vi_dot_centred(acc, row, w) : vi_dot(acc, row, w);
 }
 
-/* sums of mr prepared rows from `row` on without the bytes taken out, 8 * 16 apart, become those of whole rows. Two groups a turn: how often the
- * loop turns is a guess that costs more than a group does. */
+/* sums of mr prepared rows from `row` on without the bytes taken out, 8 * 16 apart, become those of whole rows. Two groups
+ * a turn: how often the loop turns is a guess that costs more than a group does, but four a turn are no faster. */
 static inline __attribute__((always_inline)) void s8_add_out_as(const int centred, const s8_prepared *r, ptrdiff_t row,
                                                                 ptrdiff_t mr, const int nv, ptrdiff_t k,
                                                                 const int8_t *strip, ptrdiff_t strip_bytes,
