@@ -317,7 +317,10 @@ static int allowed_cores(void)
 
 static int within_quota(int n)
 {
-    const int quota = quota_cpus();
+    static _Atomic int counted = -1; /* once: reading files costs as much as a short text */
+    int quota = atomic_load(&counted);
+    if (quota < 0)
+        atomic_store(&counted, quota = quota_cpus());
     if (n < 1)
         n = (int)sysconf(_SC_NPROCESSORS_ONLN);
     return quota > 0 && quota < n ? quota : n;
@@ -376,6 +379,6 @@ int fb_usable_threads(int threads)
         threads = fb_get_num_threads();
     if (threads <= machine_threads())
         return threads;
-    const int most = most_threads(); /* not counted once: rare, and the mask of this thread may be another */
+    const int most = most_threads(); /* not counted once: the mask of this thread may be another */
     return most < 1 ? 1 : threads < most ? threads : most;
 }
