@@ -284,7 +284,7 @@ size_t fb_scratch_bytes(const fb_model *model, int threads)
     const ptrdiff_t longest = model->config.max_position_embeddings;
     const ptrdiff_t tokens = longest > BUDGET ? longest : BUDGET;
     if (threads < 1)
-        threads = fb_get_num_threads();
+        threads = fb_usable_threads(0);
     return lay_out(model, tokens, longest, threads, NULL) * (size_t)threads;
 }
 
@@ -309,26 +309,35 @@ static int longest_first(const void *a, const void *b)
     return p->index < q->index ? -1 : 1;
 }
 
-/* Micro-batches for so many threads that run whole ones. */
-static void make_plan(const fb_batch *batch, ptrdiff_t tokens, int threads, plan *p)
+static void put_in_order(const fb_batch *batch, plan *p)
 {
-    const ptrdiff_t share = (tokens + threads - 1) / threads, least = share < BUDGET_MIN ? share : BUDGET_MIN;
-    const ptrdiff_t fine = share / 4 > least ? share / 4 : least,
-                    budget = threads == 1 || fine > BUDGET ? BUDGET : fine;
     for (ptrdiff_t i = 0; i < batch->size; i++)
         p->order[i] = (place){(ptrdiff_t)(batch->offsets[i + 1] - batch->offsets[i]), i};
     if (batch->size > 1)
         qsort(p->order, (size_t)batch->size, sizeof *p->order, longest_first);
+}
+
+/* A longer sequence than `budget` tokens is a micro-batch of its own. */
+static void cut(ptrdiff_t size, ptrdiff_t budget, plan *p)
+{
     p->count = p->tokens_most = 0;
     p->cuts[0] = 0;
-    for (ptrdiff_t i = 0, tokens = 0; i < batch->size; i++) {
+    for (ptrdiff_t i = 0, tokens = 0; i < size; i++) {
         tokens += p->order[i].length;
         p->tokens_most = tokens > p->tokens_most ? tokens : p->tokens_most;
-        if (i + 1 == batch->size || tokens + p->order[i + 1].length > budget) {
+        if (i + 1 == size || tokens + p->order[i + 1].length > budget) {
             p->cuts[++p->count] = i + 1;
             tokens = 0;
         }
     }
+}
+
+/* Tokens of a micro-batch where so many threads run whole ones: a quarter of a thread's share, within bounds. */
+static ptrdiff_t budget_apart(ptrdiff_t tokens, int threads)
+{
+    const ptrdiff_t share = (tokens + threads - 1) / threads, least = share < BUDGET_MIN ? share : BUDGET_MIN;
+    const ptrdiff_t budget = share / 4 < least ? least : share / 4;
+    return threads == 1 || budget > BUDGET ? BUDGET : budget;
 }
 
 /* Whether threads that run whole micro-batches are idle for less than a fifth of the time: then they need no barriers and
@@ -748,7 +757,7 @@ fb_status fb_forward(const fb_model *model, const fb_batch *batch, const fb_outp
     if (options == NULL)
         options = &defaults;
     const ptrdiff_t tokens = (ptrdiff_t)batch->offsets[batch->size];
-    int threads = options->threads > 0 ? options->threads : fb_get_num_threads();
+    int threads = options->threads > 0 ? options->threads : fb_usable_threads(0);
     const double small_work = model->config.precision == FB_INT8 ? model->kernels.gemm_s8->small_work : FB_SMALL_WORK;
     if ((double)tokens * token_work(&model->config) < small_work)
         threads = 1;
@@ -757,10 +766,11 @@ fb_status fb_forward(const fb_model *model, const fb_batch *batch, const fb_outp
     p.cuts = malloc((size_t)(batch->size + 1) * sizeof *p.cuts);
     int together = 0;
     if (p.order != NULL && p.cuts != NULL) {
-        make_plan(batch, tokens, threads, &p);
+        put_in_order(batch, &p);
+        cut(batch->size, budget_apart(tokens, threads), &p);
         together = threads > 1 && !busy_apart(&p, tokens, threads);
         if (together)
-            make_plan(batch, tokens, 1, &p);
+            cut(batch->size, BUDGET, &p);
     }
     const int spaces = together ? 1 : threads;
     workspace **ws = calloc((size_t)spaces, sizeof *ws);

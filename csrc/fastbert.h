@@ -128,7 +128,7 @@ typedef struct fb_outputs {
 } fb_outputs;
 
 typedef struct fb_run_options {
-    int threads; /* 0: fb_get_num_threads() */
+    int threads; /* 0: fb_usable_threads(0) */
     /* Called by the calling thread between micro-batches; non-zero stops the run. May be NULL. */
     int (*canceled)(void *canceled_arg);
     void *canceled_arg;
@@ -171,7 +171,7 @@ int fb_get_num_threads(void);
 void fb_set_num_threads(int threads);
 
 /* `threads` (0: fb_get_num_threads()), but no more than CPUs are allowed by affinity mask and cgroup quota: members of
- * a larger team would wait for one another. fb_forward and fb_head_run take their number as it is. */
+ * a larger team would wait for one another. fb_forward and fb_head_run take a number other than 0 as it is. */
 int fb_usable_threads(int threads);
 
 #ifdef __cplusplus

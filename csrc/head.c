@@ -125,7 +125,7 @@ void fb_head_run(const fb_head *head, ptrdiff_t rows, const float *x, float *y, 
 {
     run r = {head, rows, x, y};
     if (threads < 1)
-        threads = fb_get_num_threads();
+        threads = fb_usable_threads(0);
     if ((double)rows * (double)head->out * (double)head->in < FB_SMALL_WORK)
         threads = 1;
     fb_parallel(threads, run_member, &r);

@@ -45,8 +45,8 @@ typedef struct fb_s8_tile_args {
     ptrdiff_t row;
 } fb_s8_tile_args;
 
-/* m rows of one strip from exact sums, rows lds apart, to float32. All that a row needs is at hand: at K = 128 what this
- * takes is a quarter of what the products take. */
+/* m rows of one strip from exact sums, rows lds apart, to float32. All is passed by value: a store to c might change what a
+ * pointer leads to, which would be loaded again for each row (1.02 to 1.05 of an int8 forward pass on avx512vnni). */
 static inline __attribute__((always_inline)) void
 s8_finish_strip(const fb_act act, const int add, ptrdiff_t m, const int32_t *sums, ptrdiff_t lds, const float *scale_a,
                 const int32_t *zero, vi w_sums, vf w_scales, vf bias, const float *residual, ptrdiff_t ldr,

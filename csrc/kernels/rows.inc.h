@@ -21,7 +21,7 @@ static inline float row_largest(ptrdiff_t n, const float *x)
     return v_largest(v_max(largest, other));
 }
 
-static const float lanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+static const float lane_numbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 /* m rows in step: a row's largest element, and then its sum, are awaited. */
 static inline __attribute__((always_inline)) void softmax_rows(const int m, ptrdiff_t n, vf c, vf low, vf lowest,
@@ -44,7 +44,7 @@ static inline __attribute__((always_inline)) void softmax_rows(const int m, ptrd
         }
         if (tail) {
             const vf d = v_max(lowest, v_sub(v_load_n(row + body, tail, 0.0f), v_set1(most[i])));
-            last[i] = v_ifgt(v_set1((float)tail), v_load(lanes), v_exp2_times(d, c, low), v_set1(0.0f));
+            last[i] = v_ifgt(v_set1((float)tail), v_load(lane_numbers), v_exp2_times(d, c, low), v_set1(0.0f));
             sum = v_add(sum, last[i]);
         }
         inverse[i] = 1.0f / v_sum(sum);
