@@ -520,10 +520,11 @@ static void attend_s8(const fb_model *m, ptrdiff_t seq, ptrdiff_t queries, const
 /* Whether the queries, keys and values of a head are made right before it is attended, so that they never leave the
  * caches: where sequences are long enough for weights to be read once for each, and a buffer for each member, of the
  * longest sequence, fits in ws->qkv. Not in a narrow layer, which overwrites x meanwhile. */
-static int by_heads(const micro_batch *b, int narrow)
+static int by_heads(const micro_batch *b, const fb_linear *qkv, int narrow)
 {
     const ptrdiff_t hidden = b->model->config.hidden_size, head_dim = hidden / b->model->config.num_attention_heads;
-    return !narrow && b->order[b->size - 1].length >= SEQ_BY_HEADS && 3 * head_dim % FB_STRIP == 0 &&
+    const int prepares = qkv->format == FB_FORMAT_S8 && b->model->kernels.gemm_s8->prepares;
+    return !narrow && !prepares && b->order[b->size - 1].length >= SEQ_BY_HEADS && 3 * head_dim % FB_STRIP == 0 &&
            b->team->size * b->order[0].length * head_dim <= b->tokens * hidden;
 }
 
@@ -583,7 +584,7 @@ static void layer(micro_batch *b, const fb_layer *l, int narrow)
 {
     const fb_model *m = b->model;
     const workspace *ws = b->ws;
-    const int later = by_heads(b, narrow);
+    const int later = by_heads(b, &l->qkv, narrow);
     if (!later)
         linear(b, &l->qkv, ws->x, m->ld_hidden, ws->y, FB_ACT_NONE, NULL, 0, ws->qkv, m->ld_qkv);
     else if (l->qkv.format == FB_FORMAT_S8)

@@ -162,6 +162,7 @@ typedef struct fb_gemm_s8 {
     void (*run)(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const uint8_t *a, ptrdiff_t lda, const float *scale_a,
                 const int32_t *zero, const void *packed, const fb_epilogue *epilogue, float *c, ptrdiff_t ldc);
     double small_work; /* multiply-adds under which a second thread costs more than it saves */
+    int prepares;      /* each call first works on all of a: one wide call beats many narrow ones */
 } fb_gemm_s8;
 
 /* Row reductions (softmax, layernorm) run in 16 virtual lanes: element j goes to lane j mod 16, each lane in ascending

@@ -468,31 +468,36 @@ class GemmS8(Linear):
     """sums = (a [m][:k] - zero [m]) * w [n][k]^T * scale_a [m] * scale_w [n]; a is u8 [m][k8(k)], w s8.
 
     extreme: every w is -127 or 127, every a and zero 0 or 255.
-    largest_zero: of all rows; sets that multiply bytes in pairs take rows with small zero points another way.
+    large: so many of the bytes of a are near 255 and the others near 0, which kernel sets that multiply bytes in pairs
+    have to take apart: far from their mean, and next to others that are.
     """
 
     op: ClassVar[str] = "gemm_s8"
     activations: ClassVar[Mapping[str, Activation]] = ACTIVATIONS_S8
     extreme: bool = False
-    largest_zero: int = 255
+    large: float | None = None
 
     def __str__(self) -> str:
-        low = "" if self.largest_zero == 255 else f"-zero{self.largest_zero}"
-        return super().__str__() + "-extreme" * self.extreme + low
+        large = "" if self.large is None else f"-large{self.large}"
+        return super().__str__() + "-extreme" * self.extreme + large
 
     def factors(self, rng: np.random.Generator) -> Operands:
         """No w or a - zero is small. What a holds beyond k is as large as any."""
         m, n, k = self.m, self.n, self.k
         if self.extreme:  # whole rows and columns of one sign, and mixed ones
             row, column = np.arange(m)[:, None], np.arange(n)[:, None]
-            zero = np.where(np.arange(m) // 3 % 2, 0, self.largest_zero)
+            zero = np.where(np.arange(m) // 3 % 2, 0, 255)
             a = np.choose(row % 3, [0, 255, rng.choice([0, 255], (m, k8(k)))])
             w = np.choose(column % 3, [127, -127, rng.choice([-127, 127], (n, k))])
         else:
-            zero = rng.integers(0, self.largest_zero + 1, m)
+            zero = rng.integers(0, 256, m)
             a = (zero[:, None] + rng.integers(32, 225, (m, k8(k)))) % 256  # a - zero: +-32 .. +-224
             w = rng.integers(32, 128, (n, k)) * rng.choice([-1, 1], (n, k))
             a[:, k:] = rng.integers(1, 256, a[:, k:].shape)
+        if self.large is not None:
+            zero = np.full(m, 128)
+            a = np.where(rng.random((m, k8(k))) < self.large, 255, 0)
+            a ^= 0 if self.extreme else rng.integers(0, 32, a.shape)
         deviation = 100 * 80 * math.sqrt(max(k, 1))  # of a sum of integers, about
         return {
             "a": a.astype(np.uint8),

@@ -194,12 +194,12 @@ def gemm_s8_cases() -> list[Linear]:
     ]
     sizes = [*((13, 70, k) for k in (1, 3, 4, 63, 64, 65, 768, 3072)), *((mn, mn, 32768) for mn in range(1, 17))]
     extreme = [GemmS8(*size, extreme=True) for size in sizes]
-    low = [
-        GemmS8(*size, extreme=extreme, largest_zero=zero)
+    uneven = [
+        GemmS8(*size, extreme=extreme, large=large)
         for size in [*((m, 37, 131) for m in range(1, 18)), *sizes]
-        for extreme, zero in ((False, 0), (False, 63), (True, 63))
+        for extreme, large in ((False, 0.02), (False, 0.2), (True, 0.2), (True, 0.8), (False, 0.98))
     ]
-    return [*fused(shapes, GemmS8), *extreme, GemmS8(13, 70, 3072, "gelu", True, True, extreme=True), *low]
+    return [*fused(shapes, GemmS8), *extreme, GemmS8(13, 70, 3072, "gelu", True, True, extreme=True), *uneven]
 
 
 # One vector, odd numbers of them, every butterfly with and without reflection, rows that are not mixed.

@@ -352,8 +352,8 @@ static void gemm_s8_any(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const uint8_t *a,
     (m <= FEW_FOR_TILES ? gemm_s8_amx : gemm_s8_tiles)(m, n, k, a, lda, scale_a, zero, packed, epilogue, c, ldc);
 }
 
-static const fb_gemm_s8 gemm_s8 = {"gemm_s8_32x32_amx", s8_packed_bytes_amx, s8_pack_amx,
-                                   s8_pack_f32_amx,     gemm_s8_any,         2e7};
+static const fb_gemm_s8 gemm_s8 = {
+    "gemm_s8_32x32_amx", s8_packed_bytes_amx, s8_pack_amx, s8_pack_f32_amx, gemm_s8_any, 2e7, 0};
 
 #include "gemm_split.inc.h"
 

@@ -24,11 +24,7 @@ static inline __m256i dot(__m256i acc, __m256i unsigned_bytes, __m256i signed_by
     const __m256i pairs = _mm256_maddubs_epi16(unsigned_bytes, signed_bytes);
     return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
-static inline vi vi_dot(vi acc, vrow row, vi w) { return FB_BOTH_I(dot(acc.lo, row, w.lo), dot(acc.hi, row, w.hi)); }
-static inline vi vi_dot_centred(vi acc, vrow row, vi w)
-{
-    return FB_BOTH_I(dot(acc.lo, w.lo, row), dot(acc.hi, w.hi, row));
-}
+static inline vi vi_dot(vi acc, vrow row, vi w) { return FB_BOTH_I(dot(acc.lo, w.lo, row), dot(acc.hi, w.hi, row)); }
 #define FB_S8_DEPTH 4
 #define FB_A_SHIFT 0
 #define FB_S8_MR 6
@@ -39,8 +35,8 @@ static const int fb_s8_strips[FB_S8_MR + 1] = {0, 4, 2, 2, 1, 1, 1};
 
 static const fb_gemm_f32 gemm_f32 = {"gemm_f32_6x16_avx2", packed_bytes_avx2, pack_avx2, gemm_f32_avx2};
 
-static const fb_gemm_s8 gemm_s8 = {"gemm_s8_6x16_avx2", s8_packed_bytes_avx2, s8_pack_avx2,
-                                   s8_pack_f32_avx2,    gemm_s8_avx2,         5e6};
+static const fb_gemm_s8 gemm_s8 = {
+    "gemm_s8_6x16_avx2", s8_packed_bytes_avx2, s8_pack_avx2, s8_pack_f32_avx2, gemm_s8_avx2, 5e6, 1};
 
 const fb_kernels fb_kernels_avx2 = {
     .isa = "avx2",

@@ -25,8 +25,7 @@ static inline vi dot(vi acc, __m512i unsigned_bytes, __m512i signed_bytes)
     const __m512i pairs = _mm512_maddubs_epi16(unsigned_bytes, signed_bytes);
     return _mm512_add_epi32(acc, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
 }
-static inline vi vi_dot(vi acc, vrow row, vi w) { return dot(acc, row, w); }
-static inline vi vi_dot_centred(vi acc, vrow row, vi w) { return dot(acc, w, row); }
+static inline vi vi_dot(vi acc, vrow row, vi w) { return dot(acc, w, row); }
 #define FB_S8_DEPTH 4
 #define FB_A_SHIFT 0
 #define FB_S8_MR 8
@@ -37,8 +36,8 @@ static const int fb_s8_strips[FB_S8_MR + 1] = {0, 8, 8, 8, 4, 4, 4, 3, 3};
 
 static const fb_gemm_f32 gemm_f32 = {"gemm_f32_8x48_avx512", packed_bytes_avx512, pack_avx512, gemm_f32_avx512};
 
-static const fb_gemm_s8 gemm_s8 = {"gemm_s8_8x48_avx512", s8_packed_bytes_avx512, s8_pack_avx512,
-                                   s8_pack_f32_avx512,    gemm_s8_avx512,         5e6};
+static const fb_gemm_s8 gemm_s8 = {
+    "gemm_s8_8x48_avx512", s8_packed_bytes_avx512, s8_pack_avx512, s8_pack_f32_avx512, gemm_s8_avx512, 5e6, 1};
 
 const fb_kernels fb_kernels_avx512 = {
     .isa = "avx512",

@@ -20,8 +20,13 @@ static inline vi vi_dot(vi acc, vrow row, vi w) { return _mm512_dpbusd_epi32(acc
 static const int fb_s8_strips[FB_S8_MR + 1] = {0, 8, 8, 8, 4, 4, 4, 3, 3};
 #include "gemm_s8.inc.h"
 
-static const fb_gemm_s8 gemm_s8 = {"gemm_s8_8x48_avx512vnni", s8_packed_bytes_avx512vnni, s8_pack_avx512vnni,
-                                   s8_pack_f32_avx512vnni,    gemm_s8_avx512vnni,         2e7};
+static const fb_gemm_s8 gemm_s8 = {"gemm_s8_8x48_avx512vnni",
+                                   s8_packed_bytes_avx512vnni,
+                                   s8_pack_avx512vnni,
+                                   s8_pack_f32_avx512vnni,
+                                   gemm_s8_avx512vnni,
+                                   2e7,
+                                   0};
 
 const fb_kernels fb_kernels_avx512vnni = {
     .isa = "avx512vnni",

@@ -23,8 +23,8 @@ static inline vi vi_dot(vi acc, vrow row, vi w)
 static const int fb_s8_strips[FB_S8_MR + 1] = {0, 4, 2, 2, 1, 1, 1};
 #include "gemm_s8.inc.h"
 
-static const fb_gemm_s8 gemm_s8 = {"gemm_s8_6x16_avxvnni", s8_packed_bytes_avxvnni, s8_pack_avxvnni,
-                                   s8_pack_f32_avxvnni,    gemm_s8_avxvnni,         2e7};
+static const fb_gemm_s8 gemm_s8 = {
+    "gemm_s8_6x16_avxvnni", s8_packed_bytes_avxvnni, s8_pack_avxvnni, s8_pack_f32_avxvnni, gemm_s8_avxvnni, 2e7, 0};
 
 const fb_kernels fb_kernels_avxvnni = {
     .isa = "avxvnni",

@@ -66,8 +66,8 @@ static inline __attribute__((always_inline)) void s8_sums_dotprod(const int mr, 
 static const int fb_s8_strips[FB_S8_MR + 1] = {0, 4, 2, 1, 1, 1};
 #include "gemm_s8.inc.h"
 
-static const fb_gemm_s8 gemm_s8 = {"gemm_s8_5x16_dotprod", s8_packed_bytes_dotprod, s8_pack_dotprod,
-                                   s8_pack_f32_dotprod,    gemm_s8_dotprod,         5e6};
+static const fb_gemm_s8 gemm_s8 = {
+    "gemm_s8_5x16_dotprod", s8_packed_bytes_dotprod, s8_pack_dotprod, s8_pack_f32_dotprod, gemm_s8_dotprod, 5e6, 0};
 
 const fb_kernels fb_kernels_dotprod = {
     .isa = "dotprod",

@@ -228,15 +228,10 @@ static void FB_ISA_NAME(s8_pack_f32)(ptrdiff_t n, ptrdiff_t k, const float *w, p
  * next group. */
 enum { S8_AHEAD = 2048 };
 
-#ifndef FB_S8_PAIRS
-static inline vi s8_weights(int centred, const int8_t *p) { return (void)centred, vi_load((const int32_t *)p); }
-#define s8_dot(centred, acc, row, w) vi_dot(acc, row, w)
-#endif
-
-/* acc += k steps of mr rows of A by nv strips; `centred` is for s8_pairs.inc.h. */
-static inline __attribute__((always_inline)) void s8_steps(const int centred, const int mr, const int nv, ptrdiff_t k,
-                                                           const uint8_t *a, ptrdiff_t lda, const int8_t *strip,
-                                                           ptrdiff_t strip_bytes, ptrdiff_t ahead, vi (*acc)[8])
+/* acc += k steps of mr rows of A by nv strips. */
+static inline __attribute__((always_inline)) void s8_steps(const int mr, const int nv, ptrdiff_t k, const uint8_t *a,
+                                                           ptrdiff_t lda, const int8_t *strip, ptrdiff_t strip_bytes,
+                                                           ptrdiff_t ahead, vi (*acc)[8])
 {
     for (ptrdiff_t p = 0; p < k; p += FB_S8_DEPTH) {
         if (mr > FB_S8_MR / 2) { /* fewer rows have no load to spare */
@@ -248,13 +243,13 @@ static inline __attribute__((always_inline)) void s8_steps(const int centred, co
         vi w[8];
         FB_UNROLL
         for (int j = 0; j < nv; j++)
-            w[j] = s8_weights(centred, strip + j * strip_bytes + p * 16);
+            w[j] = vi_load((const int32_t *)(strip + j * strip_bytes + p * 16));
         FB_UNROLL
         for (int i = 0; i < mr; i++) {
             const vrow row = vi_row(a + i * lda + p);
             FB_UNROLL
             for (int j = 0; j < nv; j++)
-                acc[i][j] = s8_dot(centred, acc[i][j], row, w[j]);
+                acc[i][j] = vi_dot(acc[i][j], row, w[j]);
         }
     }
 }
@@ -265,10 +260,8 @@ static inline __attribute__((always_inline)) void s8_sums(const int mr, const in
 {
     vi acc[FB_S8_MR][8];
 #ifdef FB_S8_PAIRS
-    const int centred = t->prepared->centred;
     const int32_t *start = t->prepared->start + t->row;
 #else
-    const int centred = 0;
     static const int32_t start[FB_S8_MR];
 #endif
     FB_UNROLL
@@ -276,17 +269,14 @@ static inline __attribute__((always_inline)) void s8_sums(const int mr, const in
         FB_UNROLL
     for (int j = 0; j < nv; j++)
         acc[i][j] = vi_set1(start[i]);
-    if (centred)
-        s8_steps(1, mr, nv, t->k, t->a, t->lda, t->strip, t->strip_bytes, t->ahead, acc);
-    else
-        s8_steps(0, mr, nv, t->k, t->a, t->lda, t->strip, t->strip_bytes, t->ahead, acc);
+    s8_steps(mr, nv, t->k, t->a, t->lda, t->strip, t->strip_bytes, t->ahead, acc);
     FB_UNROLL
     for (int i = 0; i < mr; i++)
         FB_UNROLL
     for (int j = 0; j < nv; j++)
         vi_store(sums + (i * 8 + j) * 16, acc[i][j]);
 #ifdef FB_S8_PAIRS
-    s8_add_out(t->prepared, t->row, mr, nv, t->k, t->strip, t->strip_bytes, sums);
+    s8_add_out(t->prepared, t->row, mr, nv, t->strip, t->strip_bytes, sums);
 #endif
 }
 #endif
@@ -368,8 +358,8 @@ static void FB_ISA_NAME(gemm_s8)(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const ui
         fb_epilogue e = *epilogue;
         e.residual = e.residual ? e.residual + i * e.ldr : NULL;
         s8_prepare(rows, k, a + i * lda, lda, zero + i, &prepared);
-        s8_rows(rows, n, k, prepared.in, (k + 31) / 32 * 32, scale_a + i, prepared.zero, packed, &e, c + i * ldc, ldc,
-                &prepared);
+        s8_rows(rows, n, k, (const uint8_t *)prepared.in, (k + 31) / 32 * 32, scale_a + i, prepared.zero, packed, &e,
+                c + i * ldc, ldc, &prepared);
     }
 #else
     s8_rows(m, n, k, a, lda, scale_a, zero, packed, epilogue, c, ldc, NULL);

@@ -62,8 +62,8 @@ static inline __attribute__((always_inline)) void s8_sums_i8mm(const int mr, con
 static const int fb_s8_strips[FB_S8_MR + 1] = {0, 2, 2, 1, 1};
 #include "gemm_s8.inc.h"
 
-static const fb_gemm_s8 gemm_s8 = {"gemm_s8_4x16_i8mm", s8_packed_bytes_i8mm, s8_pack_i8mm,
-                                   s8_pack_f32_i8mm,    gemm_s8_i8mm,         5e6};
+static const fb_gemm_s8 gemm_s8 = {
+    "gemm_s8_4x16_i8mm", s8_packed_bytes_i8mm, s8_pack_i8mm, s8_pack_f32_i8mm, gemm_s8_i8mm, 5e6, 0};
 
 const fb_kernels fb_kernels_i8mm = {
     .isa = "i8mm",

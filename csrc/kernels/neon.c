@@ -74,8 +74,8 @@ static const int fb_s8_strips[FB_S8_MR + 1] = {0, 1, 1, 1, 1};
 
 static const fb_gemm_f32 gemm_f32 = {"gemm_f32_5x16_neon", packed_bytes_neon, pack_neon, gemm_f32_neon};
 
-static const fb_gemm_s8 gemm_s8 = {"gemm_s8_4x16_neon", s8_packed_bytes_neon, s8_pack_neon,
-                                   s8_pack_f32_neon,    gemm_s8_neon,         5e6};
+static const fb_gemm_s8 gemm_s8 = {
+    "gemm_s8_4x16_neon", s8_packed_bytes_neon, s8_pack_neon, s8_pack_f32_neon, gemm_s8_neon, 5e6, 0};
 
 const fb_kernels fb_kernels_neon = {
     .isa = "neon",

@@ -31,8 +31,8 @@ static const int fb_s8_strips[FB_S8_MR + 1] = {0, 1, 1};
 
 static const fb_gemm_f32 gemm_f32 = {"gemm_f32_2x16_scalar", packed_bytes_scalar, pack_scalar, gemm_f32_scalar};
 
-static const fb_gemm_s8 gemm_s8 = {"gemm_s8_2x16_scalar", s8_packed_bytes_scalar, s8_pack_scalar,
-                                   s8_pack_f32_scalar,    gemm_s8_scalar,         5e6};
+static const fb_gemm_s8 gemm_s8 = {
+    "gemm_s8_2x16_scalar", s8_packed_bytes_scalar, s8_pack_scalar, s8_pack_f32_scalar, gemm_s8_scalar, 5e6, 0};
 
 const fb_kernels fb_kernels_scalar = {
     .isa = "scalar",
