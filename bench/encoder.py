@@ -157,11 +157,16 @@ class Contestant:
 
 
 def measure(
-    batch: Batch, loaded: dict[tuple[str, str], list[Session]], seconds: float, threads: int, label: str
+    batch: Batch,
+    loaded: dict[tuple[str, str], list[Session]],
+    counted: Sequence[str],  # "engine precision"
+    seconds: float,
+    threads: int,
+    label: str,
 ) -> dict[tuple[str, str], Contestant]:
     """Each engine's samples by (engine, precision)."""
     contestants: dict[tuple[str, str], Contestant] = {}
-    best = dict.fromkeys(PRECISIONS, float("inf"))  # of the peers
+    best = dict.fromkeys(PRECISIONS, float("inf"))  # of the counted peers
     expected = None
     for (engine, precision), sessions in tqdm(loaded.items(), f"{label}: check, try", leave=False):
         contestant = Contestant(sessions, batch)
@@ -174,12 +179,12 @@ def measure(
                     break
         except RuntimeError as error:
             raise RuntimeError(f"{label}, {engine} {precision}: {error}") from error
-        if not engine.startswith(OURS):
+        if f"{engine} {precision}" in counted:
             best[precision] = min(best[precision], contestant.seconds)
         contestants[engine, precision] = contestant
 
     cost = {key: max(SAMPLE_S, x.seconds) + (x.seconds if x.seconds < WARM_S else 0) for key, x in contestants.items()}
-    slow = hopeless({key: x.seconds for key, x in contestants.items()})
+    slow = hopeless({key: x.seconds for key, x in contestants.items()}, counted)
     spare = seconds - sum(cost[key] for key in slow)
     rounds = int(np.clip(spare / sum(cost[key] for key in cost.keys() - slow), *ROUNDS))
     for i in tqdm(range(rounds), f"{label}: rounds", leave=False):
@@ -189,14 +194,17 @@ def measure(
                 settle()
             contestants[key].sample()
         if i == 0:  # a trial may have been disturbed
-            slow &= hopeless({key: x.samples[0] for key, x in contestants.items()})
+            slow &= hopeless({key: x.samples[0] for key, x in contestants.items()}, counted)
     return contestants
 
 
-def hopeless(times: dict[tuple[str, str], float]) -> set[tuple[str, str]]:
-    """Of times by (engine, precision), those that are HOPELESS beside the best peer's."""
+def hopeless(times: dict[tuple[str, str], float], counted: Sequence[str]) -> set[tuple[str, str]]:
+    """Of times by (engine, precision), those of peers that are HOPELESS beside the best counted one's."""
     peers = {key: time for key, time in times.items() if not key[0].startswith(OURS)}
-    best = {p: min(time for (_, q), time in peers.items() if q == p) for _, p in peers}
+    best = {
+        p: min((t for key, t in peers.items() if " ".join(key) in counted and key[1] == p), default=0.0)
+        for _, p in peers
+    }
     return {key for key, time in peers.items() if time > HOPELESS * best[key[1]]}
 
 
@@ -338,7 +346,9 @@ def run(args: argparse.Namespace, cache: Path) -> dict[str, Any]:
                     record["skipped"][f"{engine} {precision}"] = str(reason)
         record["models"][model] = {}
         for case in args.cases:
-            contestants = measure(CASES[case], loaded, args.seconds, args.threads, f"{model}, {case}")
+            contestants = measure(
+                CASES[case], loaded, record["counted"], args.seconds, args.threads, f"{model}, {case}"
+            )
             tokens = len(CASES[case].ids)
             limits = {p: 1e3 * roofline.seconds(model, case, p) for p in roofline.operations} if roofline else {}
             record["models"][model][case] = {

@@ -85,8 +85,9 @@ def run(args: argparse.Namespace, folder: Path, cache: Path) -> dict[str, Any]:
             "cosine": {"mean": float(near.mean()), "smallest": float(near.min())},
             "spearman": pairs.spearman(vectors),
         }
+    peers = [f"{engine} {precision}" for engine, precision in loaded if not engine.startswith(OURS)]
     for case in LATENCIES:
-        for (engine, precision), x in measure(CASES[case], loaded, SECONDS, 1, case).items():
+        for (engine, precision), x in measure(CASES[case], loaded, peers, SECONDS, 1, case).items():
             found[f"{engine} {precision}"][case] = spread(x.samples) | {"samples_ms": x.samples}
     return {"environment": environment(), "sentences": len(pairs.texts), "skipped": skipped, "engines": found}
 
