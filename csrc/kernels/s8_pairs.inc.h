@@ -15,7 +15,8 @@ enum {
     S8_PREPARED = 32768,    /* bytes of A that are prepared at once: at least a row */
     S8_PREPARED_ROWS = 256, /* of these, a multiple of FB_S8_MR, at most */
     S8_CENTRE_LEAST = 64,
-    S8_CENTRE_MOST = 192
+    S8_CENTRE_MOST = 192,
+    S8_ENTRIES = S8_PREPARED / 4 + S8_PREPARED_ROWS /* enough for one of each four steps, and one for each row */
 };
 
 /* Rows of A ready for the products. */
@@ -23,8 +24,8 @@ typedef struct s8_prepared {
     _Alignas(64) int8_t in[S8_PREPARED]; /* [rows][k to 32]: a - centre, without what was taken out */
     /* What was taken out, row after row, from `first` of a row on: four bytes, and which group of steps they belong to. Zeros
      * after the last of a row make their number even; a few more are written to but not used. */
-    int32_t out[2 * (S8_PREPARED / 4 + S8_PREPARED_ROWS) + 8];
-    uint16_t group[2 * (S8_PREPARED / 4 + S8_PREPARED_ROWS) + 8];
+    int32_t out[S8_ENTRIES + 8];
+    uint16_t group[S8_ENTRIES + 8];
     uint16_t first[S8_PREPARED_ROWS + 1];
     /* Of each row: what its sums start from, which takes the 128 off w + 128; its zero point less its centre. */
     int32_t start[S8_PREPARED_ROWS], zero[S8_PREPARED_ROWS];
@@ -82,7 +83,10 @@ static __attribute__((noinline)) void s8_prepare(ptrdiff_t m, ptrdiff_t k, const
     ptrdiff_t end = 0;
     for (ptrdiff_t i = 0; i < m; i++, a += lda) {
         const int32_t sum = s8_sum_bytes(ldk, a), mean = k > 0 ? sum / (int32_t)k : 0;
-        const int32_t centre = mean < S8_CENTRE_LEAST ? S8_CENTRE_LEAST : mean > S8_CENTRE_MOST ? S8_CENTRE_MOST : mean;
+        /* A row may take two entries for each four steps, but not the room of those after it; from 128 it takes one. */
+        const int room = end + (m - i + 1) * (ldk / 4 + 1) <= S8_ENTRIES;
+        const int32_t held = mean < S8_CENTRE_LEAST ? S8_CENTRE_LEAST : mean > S8_CENTRE_MOST ? S8_CENTRE_MOST : mean;
+        const int32_t centre = room ? held : 128;
         const __m256i down = _mm256_set1_epi8((int8_t)(128 - centre));
         int8_t *in = r->in + i * ldk;
         r->first[i] = (uint16_t)end;
