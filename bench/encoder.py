@@ -48,7 +48,7 @@ WARM_S = 0.5  # before a sample of runs shorter than this, one run brings the we
 ROUNDS = 3, 25  # at least and at most
 TRIAL_S = 0.1  # to find the fastest way
 CHECK_S = 0.5  # from here on the run that is checked is the trial too
-HOPELESS = 2.0  # times the best peer of the same precision: gets no further trials, and one round
+HOPELESS = 2.0  # times the best counted peer of the same precision: gets no further trials, and one round
 # Cosine of rows, less the mean row, to fastbert's in float32, mean over the batch. A text in the wrong place or a wrong
 # mask gives about 0, as rows of different tokens do; coarse scales give 0.89 at worst (PyTorch int8, real weights).
 LEAST_COSINE = {"fp32": 0.999, "bf16": 0.9, "int8": 0.5}

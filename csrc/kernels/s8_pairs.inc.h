@@ -14,7 +14,7 @@ enum {
     S8_FLIP = 0x80,         /* w ^ S8_FLIP is packed */
     S8_PREPARED = 32768,    /* bytes of A that are prepared at once: at least a row */
     S8_PREPARED_ROWS = 256, /* of these, a multiple of FB_S8_MR, at most */
-    S8_CENTRE_LEAST = 64,
+    S8_CENTRE_LEAST = 64,   /* of 0 .. 255: what b has beyond a byte is then at most 64 on either side */
     S8_CENTRE_MOST = 192,
     S8_ENTRIES = S8_PREPARED / 4 + S8_PREPARED_ROWS /* enough for one of each four steps, and one for each row */
 };
@@ -48,6 +48,12 @@ static inline ptrdiff_t s8_prepared_rows(ptrdiff_t k)
 #define FB_LANES_16(m) FB_LANES_4(m), FB_LANES_4(m + 4), FB_LANES_4(m + 8), FB_LANES_4(m + 12)
 #define FB_LANES_64(m) FB_LANES_16(m), FB_LANES_16(m + 16), FB_LANES_16(m + 32), FB_LANES_16(m + 48)
 static const uint64_t s8_lanes[256] = {FB_LANES_64(0), FB_LANES_64(64), FB_LANES_64(128), FB_LANES_64(192)};
+#undef FB_BITS
+#undef FB_LANE
+#undef FB_LANES
+#undef FB_LANES_4
+#undef FB_LANES_16
+#undef FB_LANES_64
 
 /* Appends those of eight groups from `group` on that are not all zeros to the entries from `end` on; returns their new end. */
 static inline ptrdiff_t s8_take(s8_prepared *r, ptrdiff_t end, ptrdiff_t group, __m256i taken)
