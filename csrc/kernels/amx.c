@@ -16,9 +16,12 @@
  * computed twice, to the same bits (at most one row in 32). No row is padding.
  *
  * The sums of a block go to memory (L1) with the first products of the next block, and become float32 between its other
- * ones: a product takes 16 cycles and is one instruction. While tiles are multiplied, 512-bit arithmetic runs at half its
- * rate (they share port 5), so that an activation, which has more of it than the products take, is better done after them
- * (1 GELU block of K = 384: 967 cycles instead of 1124; Sapphire Rapids class Xeon, 2026-11).
+ * ones: a product takes 16 cycles and is one instruction. From a tile instruction on, for about 270 of them, 512-bit
+ * arithmetic has one port instead of two, so that an activation, which has more of it than the products take, is better
+ * done after them.
+ *
+ * A block runs over k forwards, the next one backwards: of W the tiles used last are still in the L1 cache where k is too
+ * long for all of them (K = 1536 and 3072: 0.95 of the time; sums of integers have no order).
  */
 #include "../cpu.h"
 #include "../kernels.h"
@@ -43,6 +46,7 @@ static const int fb_s8_strips[FB_S8_MR + 1] = {0, 8, 8, 8, 4, 4, 4, 3, 3};
 
 /* From this many rows on, the next strips are fetched while these are worked on; below, it costs more than it gives. */
 enum { AHEAD_ROWS = 128 };
+enum { ROWS_MOST = 512 }; /* of a call that tiles are set up for once */
 
 /* What ldtilecfg loads: Intel SDM volume 2A. */
 typedef struct tile_shapes {
@@ -63,24 +67,6 @@ static void configure(ptrdiff_t rows, ptrdiff_t upper)
     _tile_loadconfig(&shapes);
 }
 
-/* A block of C and what goes into it. */
-typedef struct block {
-    ptrdiff_t rows, strips;
-    ptrdiff_t upper; /* rows of the upper tiles where it has 2x2 */
-    ptrdiff_t k;     /* bytes, a multiple of FB_K8 */
-    const uint8_t *a;
-    ptrdiff_t lda;
-    const float *scale_a;
-    const int32_t *zero;
-    const int8_t *strip; /* the first of its strips of W */
-    ptrdiff_t strip_bytes;
-    ptrdiff_t last_columns; /* of its last strip: 1 .. 16 */
-    const float *bias, *residual;
-    ptrdiff_t ldr;
-    float *c;
-    ptrdiff_t ldc;
-} block;
-
 /* What turns the sums of 16 columns into float32. */
 typedef struct columns {
     vi sums; /* of W, as pairs of int16: the low seven bits, and the rest */
@@ -88,58 +74,58 @@ typedef struct columns {
     __mmask16 used;
 } columns;
 
-/* What is done while the tiles of a block are multiplied, a share with every 64 steps of k: the block before is finished,
- * packed W is fetched. */
-typedef struct errand {
-    _Alignas(64) int32_t sums[32 * 32]; /* of the block before: [rows][wide * 16] */
-    int32_t minus_zero[32];             /* [rows] -zero and -128 zero as int16 */
-    columns columns[4];
-    block before;
+/* What all blocks of a call share. */
+typedef struct work {
+    _Alignas(
+        64) int32_t sums[32 * 32]; /* of the block before: [rows][wide * 16], wide = 2 with 2x2 tiles, 4 with 1x4 */
+    int32_t minus_zero[ROWS_MOST]; /* [m] -zero and -128 zero as int16 */
+    ptrdiff_t rows, upper;         /* of a block; of its upper tiles where it has 2x2 */
+    ptrdiff_t k, lda;              /* bytes; k a multiple of FB_K8 */
+    ptrdiff_t strip_bytes, ldc, ldr;
+    const float *scale_a;
     fb_act act;
-    void (*finish)(struct errand *e);
-    ptrdiff_t wide;     /* strips of a block that is full: 2 with 2x2 tiles, 4 with 1x4 */
-    ptrdiff_t finished; /* rows of the block before */
-    ptrdiff_t share;    /* calls of finish; what is left is done after the last step */
-    const int8_t *ahead, *ahead_end;
-    ptrdiff_t ahead_share; /* bytes, a multiple of 64 */
-} errand;
+    const int8_t *ahead, *ahead_end; /* W that is fetched next, */
+    ptrdiff_t ahead_share;           /* so many bytes with every 64 steps of k: a multiple of 64 */
+} work;
 
-/* b is the block to finish from now on. */
-static void take_over(errand *e, const block *b)
+/* A block of C whose sums are to be finished. */
+typedef struct block {
+    ptrdiff_t rows; /* 0: none */
+    ptrdiff_t row;  /* its first one, of all m */
+    const columns *columns;
+    const float *residual;
+    float *c;
+} block;
+
+/* Of `wide` strips, of which so many are there, with n columns; the first of them ends at `after`. */
+static inline __attribute__((always_inline)) void read_columns(const int wide, ptrdiff_t strips, ptrdiff_t n,
+                                                               const int8_t *after, ptrdiff_t strip_bytes,
+                                                               const float *bias, columns *c)
 {
-    e->before = *b;
-    e->finished = 0;
-    for (ptrdiff_t i = 0; i < b->rows; i++) {
-        const unsigned zero = (unsigned)-b->zero[i];
-        e->minus_zero[i] = (int32_t)(zero << 23 | (zero & 0xffff));
-    }
-    const int8_t *after = b->strip + b->k * 16;
-    for (ptrdiff_t j = 0; j < b->strips; j++, after += b->strip_bytes) {
-        columns *c = &e->columns[j];
+    for (ptrdiff_t j = 0; j < strips; j++, after += strip_bytes) {
         const vi sums = vi_load((const int32_t *)after), low = _mm512_and_si512(sums, vi_set1(127));
-        c->sums = _mm512_mask_blend_epi16(0xaaaaaaaa, low, _mm512_slli_epi32(sums, 9));
-        c->scales = v_load((const float *)(after + 64));
-        c->used = v_mask(j == b->strips - 1 ? b->last_columns : 16);
-        c->bias = b->bias ? _mm512_maskz_loadu_ps(c->used, b->bias + j * 16) : v_set1(0.0f);
+        c[j].sums = _mm512_mask_blend_epi16(0xaaaaaaaa, low, _mm512_slli_epi32(sums, 9));
+        c[j].scales = v_load((const float *)(after + 64));
+        c[j].used = v_mask(n - j * 16 < 16 ? n - j * 16 : 16);
+        c[j].bias = bias ? _mm512_maskz_loadu_ps(c[j].used, bias + j * 16) : v_set1(0.0f);
     }
-    for (ptrdiff_t j = b->strips; j < e->wide; j++)
-        e->columns[j].used = 0;
+    for (ptrdiff_t j = strips; j < wide; j++)
+        c[j].used = 0;
 }
 
-/* n rows of the block before, all but e constant. Straight code out of registers: tiles wait where the window of
- * instructions in flight is full, or a branch was mispredicted. C two strips on is fetched into the L2 cache: for wide
- * layers it is not there (N = 3072: 44 % of the peak instead of 42). */
+/* n rows of b from `row` on, all but the last three constant. Straight code out of registers: tiles wait where the window
+ * of instructions in flight is full, or a branch was mispredicted. */
 static inline __attribute__((always_inline)) void finish_rows(const fb_act act, const int add, const int wide,
-                                                              const int n, const errand *e)
+                                                              const int n, const work *e, const block *b, ptrdiff_t row)
 {
-    const ptrdiff_t row = e->finished, ldc = e->before.ldc, ldr = e->before.ldr;
-    const int32_t *minus_zero = e->minus_zero + row;
-    const float *scale = e->before.scale_a + row;
+    const ptrdiff_t ldc = e->ldc, ldr = e->ldr;
+    const int32_t *minus_zero = e->minus_zero + b->row + row;
+    const float *scale = e->scale_a + b->row + row;
     for (int j = 0; j < wide; j += 2) {
-        const columns l = e->columns[j], r = e->columns[j + 1];
+        const columns l = b->columns[j], r = b->columns[j + 1];
         const int32_t *sums = e->sums + (row * wide + j) * 16;
-        const float *residual = add ? e->before.residual + row * ldr + j * 16 : NULL;
-        float *out = e->before.c + row * ldc + j * 16;
+        const float *residual = add ? b->residual + row * ldr + j * 16 : NULL;
+        float *out = b->c + row * ldc + j * 16;
         FB_UNROLL
         for (int i = 0; i < n; i++, sums += wide * 16, out += ldc, residual += add ? ldr : 0) {
             const vi z = vi_set1(minus_zero[i]);
@@ -151,53 +137,21 @@ static inline __attribute__((always_inline)) void finish_rows(const fb_act act, 
                 x = v_add(_mm512_maskz_loadu_ps(l.used, residual), x);
                 y = v_add(_mm512_maskz_loadu_ps(r.used, residual + 16), y);
             }
-            __builtin_prefetch(out + wide * 16, 1, 2);
-            __builtin_prefetch(out + wide * 16 + 16, 1, 2);
             _mm512_mask_storeu_ps(out, l.used, x);
             _mm512_mask_storeu_ps(out + 16, r.used, y);
         }
     }
 }
 
-/* The next FEW_ROWS rows, or all that are left where these are fewer. */
+/* All of b from `row` on. */
 enum { FEW_ROWS = 8 };
-static inline __attribute__((always_inline)) void finish(const fb_act act, const int add, const int wide, errand *e)
+static inline __attribute__((always_inline)) void finish(const fb_act act, const int add, const int wide, const work *e,
+                                                         const block *b, ptrdiff_t row)
 {
-    if (e->before.rows - e->finished >= FEW_ROWS) {
-        finish_rows(act, add, wide, FEW_ROWS, e);
-        e->finished += FEW_ROWS;
-    } else {
-        for (; e->finished < e->before.rows; e->finished++)
-            finish_rows(act, add, wide, 1, e);
-    }
-}
-
-#define FB_FINISH(name, act, add)                                                                                      \
-    static void name##_2(errand *e) { finish(act, add, 2, e); }                                                        \
-    static void name##_4(errand *e) { finish(act, add, 4, e); }
-FB_FINISH(finish_plain, FB_ACT_NONE, 0)
-FB_FINISH(finish_add, FB_ACT_NONE, 1)
-FB_FINISH(finish_gelu, FB_ACT_GELU, 0)
-FB_FINISH(finish_any, e->act, e->before.residual != NULL)
-#undef FB_FINISH
-
-static void (*choose_finish(const fb_epilogue *epilogue, int wide))(errand *e)
-{
-    const int add = epilogue->residual != NULL;
-    if (epilogue->act == FB_ACT_NONE)
-        return add ? (wide == 2 ? finish_add_2 : finish_add_4) : (wide == 2 ? finish_plain_2 : finish_plain_4);
-    if (epilogue->act == FB_ACT_GELU && !add)
-        return wide == 2 ? finish_gelu_2 : finish_gelu_4;
-    return wide == 2 ? finish_any_2 : finish_any_4;
-}
-
-static inline void run_errand(errand *e)
-{
-    for (ptrdiff_t i = 0; i < e->share && e->finished < e->before.rows; i++)
-        e->finish(e);
-    const int8_t *end = e->ahead_share < e->ahead_end - e->ahead ? e->ahead + e->ahead_share : e->ahead_end;
-    for (; e->ahead < end; e->ahead += 64)
-        __builtin_prefetch(e->ahead, 0, 2);
+    for (; row + FEW_ROWS <= b->rows; row += FEW_ROWS)
+        finish_rows(act, add, wide, FEW_ROWS, e, b, row);
+    for (; row < b->rows; row++)
+        finish_rows(act, add, wide, 1, e, b, row);
 }
 
 /* A tile of sums passes from one block to the next: it is stored, and starts from zero again. tilezero would do, but on
@@ -212,144 +166,181 @@ static const _Alignas(64) int32_t zeros[16];
 /* 64 steps of k. Sums in tiles 0 1 over 2 3, A in 4 over 5, W in 6 7. A is loaded as a stream, past the L1 cache: it does not
  * come again before the next strips, while W and C do (M = 128, K = 768: N = 768 63 % of the peak instead of 49, N = 3072
  * 44 instead of 36). */
-static inline __attribute__((always_inline)) void multiply_2x2(const int first, const block *b, const uint8_t *a,
-                                                               const int8_t *w, errand *e)
+static inline __attribute__((always_inline)) void multiply_2x2(const int first, ptrdiff_t strips, const uint8_t *a,
+                                                               const int8_t *w, work *e)
 {
-    const ptrdiff_t lda = b->lda, row_bytes = 2 * 64;
-    int32_t *const lower_sums = e->sums + e->before.upper * 32;
+    const ptrdiff_t lda = e->lda, row_bytes = 2 * 64;
+    int32_t *const lower_sums = e->sums + e->upper * 32;
     _tile_stream_loadd(4, a, lda);
     _tile_loadd(6, w, 64);
     if (first)
         FB_TURN_OVER(0, e->sums);
     _tile_dpbusd(0, 4, 6);
-    _tile_stream_loadd(5, a + b->upper * lda, lda);
+    _tile_stream_loadd(5, a + e->upper * lda, lda);
     if (first)
         FB_TURN_OVER(2, lower_sums);
     _tile_dpbusd(2, 5, 6);
-    if (b->strips > 1)
-        _tile_loadd(7, w + b->strip_bytes, 64);
+    if (strips > 1)
+        _tile_loadd(7, w + e->strip_bytes, 64);
     if (first)
         FB_TURN_OVER(1, e->sums + 16);
-    if (b->strips > 1)
+    if (strips > 1)
         _tile_dpbusd(1, 4, 7);
     if (first)
         FB_TURN_OVER(3, lower_sums + 16);
-    if (b->strips > 1)
+    if (strips > 1)
         _tile_dpbusd(3, 5, 7);
 }
 
 /* 64 steps of k. Sums in tiles 0 1 2 3, A in 4, W in 5 6 7 5. */
-static inline __attribute__((always_inline)) void multiply_1x4(const int first, const block *b, const uint8_t *a,
-                                                               const int8_t *w, errand *e)
+static inline __attribute__((always_inline)) void multiply_1x4(const int first, ptrdiff_t strips, const uint8_t *a,
+                                                               const int8_t *w, work *e)
 {
-    const ptrdiff_t strip_bytes = b->strip_bytes, row_bytes = 4 * 64;
-    _tile_loadd(4, a, b->lda);
+    const ptrdiff_t strip_bytes = e->strip_bytes, row_bytes = 4 * 64;
+    _tile_loadd(4, a, e->lda);
     _tile_loadd(5, w, 64);
     if (first)
         FB_TURN_OVER(0, e->sums);
     _tile_dpbusd(0, 4, 5);
-    if (b->strips > 1)
+    if (strips > 1)
         _tile_loadd(6, w + strip_bytes, 64);
     if (first)
         FB_TURN_OVER(1, e->sums + 16);
-    if (b->strips > 1)
+    if (strips > 1)
         _tile_dpbusd(1, 4, 6);
-    if (b->strips > 2)
+    if (strips > 2)
         _tile_loadd(7, w + 2 * strip_bytes, 64);
     if (first)
         FB_TURN_OVER(2, e->sums + 32);
-    if (b->strips > 2)
+    if (strips > 2)
         _tile_dpbusd(2, 4, 7);
-    if (b->strips > 3)
+    if (strips > 3)
         _tile_loadd(5, w + 3 * strip_bytes, 64);
     if (first)
         FB_TURN_OVER(3, e->sums + 48);
-    if (b->strips > 3)
+    if (strips > 3)
         _tile_dpbusd(3, 4, 5);
 }
 
-/* The sums of b are made in the tiles, and those of the block before finished. */
-static inline __attribute__((always_inline)) void multiply(const int wide, const block *b, errand *e)
+/* The sums of a block of so many strips are made in the tiles, from the last step of k on where `back`; those of the block
+ * before are finished. */
+static inline __attribute__((always_inline)) void multiply(const fb_act act, const int add, const int wide,
+                                                           ptrdiff_t strips, const int back, const uint8_t *a,
+                                                           const int8_t *w, work *e, const block *before)
 {
-    for (ptrdiff_t p = 0; p < b->k; p += FB_K8) {
-        const uint8_t *a = b->a + p;
-        const int8_t *w = b->strip + p * 16;
+    ptrdiff_t row = 0;
+    for (ptrdiff_t p = 0; p < e->k; p += FB_K8) {
+        const ptrdiff_t at = back ? e->k - FB_K8 - p : p;
         if (wide == 2)
-            p == 0 ? multiply_2x2(1, b, a, w, e) : multiply_2x2(0, b, a, w, e);
+            p == 0 ? multiply_2x2(1, strips, a + at, w + at * 16, e) : multiply_2x2(0, strips, a + at, w + at * 16, e);
         else
-            p == 0 ? multiply_1x4(1, b, a, w, e) : multiply_1x4(0, b, a, w, e);
-        run_errand(e);
+            p == 0 ? multiply_1x4(1, strips, a + at, w + at * 16, e) : multiply_1x4(0, strips, a + at, w + at * 16, e);
+        if (act == FB_ACT_NONE && p > 0 && row + FEW_ROWS <= before->rows) {
+            finish_rows(act, add, wide, FEW_ROWS, e, before, row);
+            row += FEW_ROWS;
+        }
+        const int8_t *end = e->ahead_share < e->ahead_end - e->ahead ? e->ahead + e->ahead_share : e->ahead_end;
+        for (; e->ahead < end; e->ahead += 64)
+            __builtin_prefetch(e->ahead, 0, 2);
     }
-    while (e->finished < e->before.rows)
-        e->finish(e);
+    finish(act, add, wide, e, before, row);
 }
 
-static void gemm_s8_tiles(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const uint8_t *a, ptrdiff_t lda, const float *scale_a,
-                          const int32_t *zero, const void *packed, const fb_epilogue *epilogue, float *c, ptrdiff_t ldc)
+/* Strip by strip, and down each: W is read once, and what is multiplied by it comes round again. */
+static inline __attribute__((always_inline)) void run(const fb_act act, const int add, const int wide, ptrdiff_t m,
+                                                      ptrdiff_t n, const uint8_t *a, const int8_t *packed,
+                                                      const fb_epilogue *epilogue, float *c, work *e)
 {
-    if (m <= 0 || n <= 0)
-        return;
-    const ptrdiff_t groups = (m + 31) / 32, rows = (m + groups - 1) / groups, upper = (rows + 1) / 2;
-    const ptrdiff_t strips = (n + 15) / 16, wide = rows > 16 ? 2 : 4, strip_bytes = s8_strip_bytes(k);
-    const ptrdiff_t steps = k > 0 ? fb_k8(k) / FB_K8 : 1;
-    errand e;
-    if (k == 0)
-        memset(e.sums, 0, sizeof e.sums);
-    e.before.rows = e.before.upper = e.finished = 0;
-    e.act = epilogue->act;
-    e.finish = choose_finish(epilogue, (int)wide);
-    e.wide = wide;
-    e.share = e.act == FB_ACT_NONE ? ((rows + FEW_ROWS - 1) / FEW_ROWS + steps - 1) / steps : 0;
-    configure(rows, upper);
-    for (ptrdiff_t s = 0; s < strips; s += wide) {
+    const ptrdiff_t groups = (m + e->rows - 1) / e->rows, strips = (n + 15) / 16, steps = e->k > 0 ? e->k / FB_K8 : 1;
+    const ptrdiff_t row_bytes = wide * 64;
+    columns columns[2][4]; /* of these strips, and of those before */
+    block before = {.rows = 0};
+    for (ptrdiff_t s = 0, turn = 0; s < strips; s += wide, turn = !turn) {
         const ptrdiff_t left = strips - s, nv = left < wide ? left : wide, column = s * 16;
-        const int8_t *strip = (const int8_t *)packed + s * strip_bytes;
-        e.ahead = strip + nv * strip_bytes;
-        e.ahead_end = e.ahead + (m < AHEAD_ROWS ? 0 : (left - nv < wide ? left - nv : wide) * strip_bytes);
-        e.ahead_share = ((e.ahead_end - e.ahead) / 64 + groups * steps - 1) / (groups * steps) * 64;
+        const int8_t *strip = packed + s * e->strip_bytes;
+        read_columns(wide, nv, n - column, strip + e->k * 16, e->strip_bytes,
+                     epilogue->bias ? epilogue->bias + column : NULL, columns[turn]);
+        e->ahead = strip + nv * e->strip_bytes;
+        e->ahead_end = e->ahead + (m < AHEAD_ROWS ? 0 : (left - nv < wide ? left - nv : wide) * e->strip_bytes);
+        e->ahead_share = ((e->ahead_end - e->ahead) / 64 + groups * steps - 1) / (groups * steps) * 64;
         for (ptrdiff_t g = 0; g < groups; g++) {
-            const ptrdiff_t i = g < groups - 1 ? g * rows : m - rows;
-            const block b = {
-                .rows = rows,
-                .strips = nv,
-                .upper = upper,
-                .k = fb_k8(k),
-                .a = a + i * lda,
-                .lda = lda,
-                .scale_a = scale_a + i,
-                .zero = zero + i,
-                .strip = strip,
-                .strip_bytes = strip_bytes,
-                .last_columns = nv == left ? n - column - (nv - 1) * 16 : 16,
-                .bias = epilogue->bias ? epilogue->bias + column : NULL,
-                .residual = epilogue->residual ? epilogue->residual + i * epilogue->ldr + column : NULL,
-                .ldr = epilogue->ldr,
-                .c = c + i * ldc + column,
-                .ldc = ldc,
-            };
-            if (wide == 2)
-                multiply(2, &b, &e);
-            else
-                multiply(4, &b, &e);
-            take_over(&e, &b);
+            const ptrdiff_t row = g < groups - 1 ? g * e->rows : m - e->rows;
+            multiply(act, add, wide, nv, g & 1, a + row * e->lda, strip, e, &before);
+            before = (block){.rows = e->rows,
+                             .row = row,
+                             .columns = columns[turn],
+                             .residual = add ? epilogue->residual + row * e->ldr + column : NULL,
+                             .c = c + row * e->ldc + column};
         }
     }
-    const ptrdiff_t row_bytes = wide * 64;
-    int32_t *const lower_left = e.sums + (wide == 2 ? upper * 32 : 32);
-    _tile_stored(0, e.sums, row_bytes);
-    _tile_stored(1, e.sums + 16, row_bytes);
+    int32_t *const lower_left = e->sums + (wide == 2 ? e->upper * 32 : 32);
+    _tile_stored(0, e->sums, row_bytes);
+    _tile_stored(1, e->sums + 16, row_bytes);
     _tile_stored(2, lower_left, row_bytes);
     _tile_stored(3, lower_left + 16, row_bytes);
     _tile_release(); /* else the OS saves 8 KB of tiles whenever it switches away from this thread */
-    while (e.finished < rows)
-        e.finish(&e);
+    finish(act, add, wide, e, &before, 0);
+}
+
+#define FB_RUN(name, act, add)                                                                                         \
+    static void name(ptrdiff_t m, ptrdiff_t n, const uint8_t *a, const int8_t *packed, const fb_epilogue *epilogue,    \
+                     float *c, work *e)                                                                                \
+    {                                                                                                                  \
+        if (e->rows > 16)                                                                                              \
+            run(act, add, 2, m, n, a, packed, epilogue, c, e);                                                         \
+        else                                                                                                           \
+            run(act, add, 4, m, n, a, packed, epilogue, c, e);                                                         \
+    }
+FB_RUN(run_plain, FB_ACT_NONE, 0)
+FB_RUN(run_add, FB_ACT_NONE, 1)
+FB_RUN(run_gelu, FB_ACT_GELU, 0)
+FB_RUN(run_any, e->act, epilogue->residual != NULL)
+#undef FB_RUN
+
+/* Up to ROWS_MOST rows. */
+static void gemm_s8_tiles(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const uint8_t *a, ptrdiff_t lda, const float *scale_a,
+                          const int32_t *zero, const void *packed, const fb_epilogue *epilogue, float *c, ptrdiff_t ldc)
+{
+    const ptrdiff_t groups = (m + 31) / 32, rows = (m + groups - 1) / groups;
+    work e;
+    e.rows = rows;
+    e.upper = (rows + 1) / 2;
+    e.k = fb_k8(k);
+    e.lda = lda;
+    e.strip_bytes = s8_strip_bytes(k);
+    e.ldc = ldc;
+    e.ldr = epilogue->ldr;
+    e.scale_a = scale_a;
+    e.act = epilogue->act;
+    if (k == 0)
+        memset(e.sums, 0, sizeof e.sums);
+    for (ptrdiff_t i = 0; i < m; i += 16) {
+        const vi z = vi_sub(vi_set1(0), _mm512_maskz_loadu_epi32(v_mask(m - i < 16 ? m - i : 16), zero + i));
+        vi_store(e.minus_zero + i, _mm512_mask_blend_epi16(0xaaaaaaaa, z, vi_shl(z, 23)));
+    }
+    configure(rows, e.upper);
+    const int add = epilogue->residual != NULL;
+    if (e.act == FB_ACT_NONE)
+        (add ? run_add : run_plain)(m, n, a, packed, epilogue, c, &e);
+    else
+        (e.act == FB_ACT_GELU && !add ? run_gelu : run_any)(m, n, a, packed, epilogue, c, &e);
 }
 
 enum { FEW_FOR_TILES = 8 };
 static void gemm_s8_any(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const uint8_t *a, ptrdiff_t lda, const float *scale_a,
                         const int32_t *zero, const void *packed, const fb_epilogue *epilogue, float *c, ptrdiff_t ldc)
 {
-    (m <= FEW_FOR_TILES ? gemm_s8_amx : gemm_s8_tiles)(m, n, k, a, lda, scale_a, zero, packed, epilogue, c, ldc);
+    if (m <= FEW_FOR_TILES || n <= 0) {
+        gemm_s8_amx(m, n, k, a, lda, scale_a, zero, packed, epilogue, c, ldc);
+        return;
+    }
+    const ptrdiff_t parts = (m + ROWS_MOST - 1) / ROWS_MOST;
+    for (ptrdiff_t p = 0; p < parts; p++) {
+        const ptrdiff_t i = m * p / parts, rows = m * (p + 1) / parts - i;
+        fb_epilogue part = *epilogue;
+        part.residual = part.residual ? part.residual + i * part.ldr : NULL;
+        gemm_s8_tiles(rows, n, k, a + i * lda, lda, scale_a + i, zero + i, packed, &part, c + i * ldc, ldc);
+    }
 }
 
 static const fb_gemm_s8 gemm_s8 = {
