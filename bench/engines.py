@@ -38,6 +38,7 @@ class Task(NamedTuple):
     cache: Path  # converted models
     threads: int
     calibration: Batch  # what an engine that calibrates may look at
+    strict: bool = True  # of fastbert's fp32
 
 
 class Session(NamedTuple):
@@ -111,7 +112,7 @@ def torch_model(folder: Path, **options: Any) -> Any:
 def fastbert(task: Task, precision: str) -> list[Session]:
     from fastbert import Encoder, _core  # the engine below encode(): ids in, rows out
 
-    model: _core.Model = Encoder(task.folder, precision=precision)._model
+    model: _core.Model = Encoder(task.folder, precision=precision, strict=task.strict)._model
     run = partial(model.forward, hidden=True, threads=task.threads)
     return [Session(model.isa, tuple, lambda batch: run(*batch)[0], lambda rows, batch: rows, ragged=True)]
 
