@@ -475,6 +475,24 @@ def set_num_threads(int threads):
     fb_set_num_threads(threads)
 
 
+def all_below(values, int64_t end):
+    """Whether an array [n] of int32 or int64, contiguous, holds numbers from 0 to below `end` alone."""
+    cdef const int32_t[::1] narrow
+    cdef const int64_t[::1] wide
+    cdef Py_ssize_t i
+    if values.dtype.itemsize == 4:
+        narrow = values
+        for i in range(narrow.shape[0]):
+            if not 0 <= narrow[i] < end:
+                return False
+    else:
+        wide = values
+        for i in range(wide.shape[0]):
+            if not 0 <= wide[i] < end:
+                return False
+    return True
+
+
 def usable_threads(int threads=0):
     """`threads`, or get_num_threads() for 0, but no more than the CPUs that this thread may use."""
     return fb_usable_threads(threads)

@@ -487,7 +487,7 @@ class Encoder(Pretrained):
             A shape, an id or an offset is wrong; the text names its place.
         """
         ids = _integers("ids", ids, "tokens", self.config.vocab_size)
-        bounds = _integers("offsets", offsets, "batch + 1", ids.size + 1, dtype=np.int64)
+        bounds = _integers("offsets", offsets, "batch + 1", ids.size + 1, dtype=INT64)
         if type_ids is not None:
             type_ids = _integers("type_ids", type_ids, "tokens", self.config.type_vocab_size, like=ids)
         return self._model.forward(ids, bounds, type_ids, hidden=True, threads=self._threads)[0]
@@ -566,8 +566,11 @@ def _strings(inputs: Iterable[str]) -> Iterator[str]:
         yield text
 
 
+INT32, INT64 = np.dtype(np.int32), np.dtype(np.int64)
+
+
 def _integers(
-    name: str, value: ArrayLike, axes: str, end: int, like: NDArray[Any] | None = None, dtype: Any = np.int32
+    name: str, value: ArrayLike, axes: str, end: int, like: NDArray[Any] | None = None, dtype: Any = INT32
 ) -> NDArray[Any]:
     """`value` as an array of these axes (and of the shape of `like`) with numbers from 0 to below `end`."""
     try:
@@ -580,6 +583,8 @@ def _integers(
         raise ValueError(f"{name}: expected shape [{axes}], got {list(array.shape)}")
     if like is not None and array.shape != like.shape:
         raise ValueError(f"{name}: expected shape {list(like.shape)}, got {list(array.shape)}")
+    if array.dtype == dtype and array.ndim == 1 and array.flags.c_contiguous and _core.all_below(array, end):
+        return array
     wrong = array.astype(np.int64).view(np.uint64) >= end  # negative numbers are large ones: one comparison, not two
     if np.count_nonzero(wrong):
         place = tuple(np.argwhere(wrong)[0].tolist())
