@@ -15,7 +15,7 @@ precision, in fp32 with engines in fp32. `share` is what fastbert reaches of the
 measured in the same run.
 
 --isa avx2 caps fastbert's kernels, and the other engines where they have a switch for it; those that have none run as
-they are, and do not count as best peer. --split loads fastbert's fp32 models with strict=False, so that they run on AMX.
+they are, and do not count as best peer. --split loads fastbert's fp32 models with strict=False: they run on AMX then.
 """
 
 import argparse
