@@ -163,6 +163,7 @@ def cases() -> list[Linear]:
         *product(around(16, 32, 64), around(16, 32, 48, 64), (64, 129)),
         *((m, n, k) for m in (13, 40) for n, k in [(128, 512), (384, 384), (32, 3072)]),
         *((m, 100, 200) for m in (*around(96, 128), 160, 333)),  # groups of rows, and W fetched ahead
+        *((m, 37, 70) for m in (*around(512), 1100)),  # more rows than tiles are set up for once
         (128, 16, 64), (128, 32, 0), (128, 33, 1), (0, 5, 5), (5, 0, 5), (0, 0, 0),
     ]  # fmt: skip
     sizes = [*((m, 70, k) for m in (13, 45) for k in (1, 3, 63, 64, 65, 768, 3072)), (16, 64, 32768), (17, 17, 32768)]

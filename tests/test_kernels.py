@@ -191,6 +191,7 @@ def gemm_s8_cases() -> list[Linear]:
         *((3, 37, k) for k in range(71)),
         *((m, n, k) for m in range(1, 41) for n, k in [(33, 70), (131, 9)]),
         *((m, n, k) for m in (1, 13) for n, k in MODELS),
+        (513, 37, 70),
     ]
     sizes = [*((13, 70, k) for k in (1, 3, 4, 63, 64, 65, 768, 3072)), *((mn, mn, 32768) for mn in range(1, 17))]
     extreme = [GemmS8(*size, extreme=True) for size in sizes]

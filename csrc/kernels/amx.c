@@ -76,11 +76,10 @@ typedef struct columns {
 
 /* What all blocks of a call share. */
 typedef struct work {
-    _Alignas(
-        64) int32_t sums[32 * 32]; /* of the block before: [rows][wide * 16], wide = 2 with 2x2 tiles, 4 with 1x4 */
-    int32_t minus_zero[ROWS_MOST]; /* [m] -zero and -128 zero as int16 */
-    ptrdiff_t rows, upper;         /* of a block; of its upper tiles where it has 2x2 */
-    ptrdiff_t k, lda;              /* bytes; k a multiple of FB_K8 */
+    _Alignas(64) int32_t sums[32 * 32]; /* of the block before: [rows][wide * 16], wide as in run */
+    int32_t minus_zero[ROWS_MOST];      /* [m] -zero and -128 zero as int16 */
+    ptrdiff_t rows, upper;              /* of a block; of its upper tiles where it has 2x2 */
+    ptrdiff_t k, lda;                   /* bytes; k a multiple of FB_K8 */
     ptrdiff_t strip_bytes, ldc, ldr;
     const float *scale_a;
     fb_act act;
@@ -246,7 +245,7 @@ static inline __attribute__((always_inline)) void multiply(const fb_act act, con
     finish(act, add, wide, e, before, row);
 }
 
-/* Strip by strip, and down each: W is read once, and what is multiplied by it comes round again. */
+/* `wide` strips at a time, 2 with 2x2 tiles and 4 with 1x4, down all rows: W is read once, A for all of them. */
 static inline __attribute__((always_inline)) void run(const fb_act act, const int add, const int wide, ptrdiff_t m,
                                                       ptrdiff_t n, const uint8_t *a, const int8_t *packed,
                                                       const fb_epilogue *epilogue, float *c, work *e)

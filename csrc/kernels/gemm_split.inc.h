@@ -399,7 +399,7 @@ static void split_few_rows(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const float *a
     _tile_stored(1, e.sums + 16, row_bytes);
     _tile_stored(2, lower_left, row_bytes);
     _tile_stored(3, lower_left + 16, row_bytes);
-    _tile_release(); /* see gemm_s8_amx */
+    _tile_release(); /* see run in amx.c */
     while (e.finished < rows)
         e.finish(&e);
 }
