@@ -75,13 +75,13 @@ def to_batch(parts: Sequence[Tokens]) -> TokenBatch:
 
 
 def _ragged(ids: list[list[int]], type_ids: list[list[int]] | None, truncated: list[bool]) -> TokenBatch:
-    offsets = np.array([0, *accumulate(len(row) for row in ids)], np.int64)
+    offsets = np.array([0, *accumulate(map(len, ids))], np.int64)
+    types = np.zeros(offsets[-1], np.int32) if type_ids is None else _flat(type_ids)
+    return TokenBatch(_flat(ids), types, offsets, np.array(truncated, np.bool_))
 
-    def flat(rows: list[list[int]]) -> NDArray[np.int32]:
-        return np.array([token for row in rows for token in row], np.int32)
 
-    types = np.zeros(offsets[-1], np.int32) if type_ids is None else flat(type_ids)
-    return TokenBatch(flat(ids), types, offsets, np.array(truncated, np.bool_))
+def _flat(rows: list[list[int]]) -> NDArray[np.int32]:
+    return np.array([token for row in rows for token in row], np.int32)
 
 
 class Tokenizer:
