@@ -523,8 +523,8 @@ static void attend_s8(const fb_model *m, ptrdiff_t seq, ptrdiff_t queries, const
 static int by_heads(const micro_batch *b, const fb_linear *qkv, int narrow)
 {
     const ptrdiff_t hidden = b->model->config.hidden_size, head_dim = hidden / b->model->config.num_attention_heads;
-    const int prepares = qkv->format == FB_FORMAT_SPLIT ||
-                         (qkv->format == FB_FORMAT_S8 && b->model->kernels.gemm_s8->prepares);
+    const int prepares =
+        qkv->format == FB_FORMAT_SPLIT || (qkv->format == FB_FORMAT_S8 && b->model->kernels.gemm_s8->prepares);
     return !narrow && !prepares && b->order[b->size - 1].length >= SEQ_BY_HEADS && 3 * head_dim % FB_STRIP == 0 &&
            b->team->size * b->order[0].length * head_dim <= b->tokens * hidden;
 }
