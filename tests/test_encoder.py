@@ -670,6 +670,8 @@ def test_forward_wrong_arguments(encoder: Encoder, arguments: Any, error: type[E
         (([1.0], [0, 1]), TypeError, "ids: expected integers, got float64"),
         (([[1]], [0, 1]), ValueError, r"ids: expected shape \[tokens\], got \[1, 1\]"),
         (([1, VOCAB], [0, 2]), ValueError, rf"ids\[1\]: expected 0 to {VOCAB - 1}, got {VOCAB}"),
+        ((np.int32([1, VOCAB]), [0, 2]), ValueError, rf"ids\[1\]: expected 0 to {VOCAB - 1}, got {VOCAB}"),
+        ((np.int32([-1, 1]), [0, 2]), ValueError, rf"ids\[0\]: expected 0 to {VOCAB - 1}, got -1"),
         (([1, 2], [0.0, 2.0]), TypeError, "offsets: expected integers, got float64"),
         (([1, 2], []), ValueError, "offsets: expected batch"),
         (([1, 2], [0, 1]), ValueError, r"offsets: expected batch \+ 1 values from 0 to 2"),
@@ -681,6 +683,7 @@ def test_forward_wrong_arguments(encoder: Encoder, arguments: Any, error: type[E
         (([1] * 513, [0, 513]), ValueError, "sequence 0: expected 1 to 512 tokens, got 513"),
         (([1, 2], [0, 2], [0]), ValueError, r"type_ids: expected shape \[2\], got \[1\]"),
         (([1, 2], [0, 2], [0, 2]), ValueError, r"type_ids\[1\]: expected 0 to 1, got 2"),
+        (([1, 2], [0, 2], np.int32([2, 0])), ValueError, r"type_ids\[0\]: expected 0 to 1, got 2"),
     ],
 )
 def test_forward_ragged_wrong_arguments(encoder: Encoder, arguments: Any, error: type[Exception], message: str) -> None:

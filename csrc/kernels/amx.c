@@ -46,7 +46,7 @@ static const int fb_s8_strips[FB_S8_MR + 1] = {0, 8, 8, 8, 4, 4, 4, 3, 3};
 
 /* From this many rows on, the next strips are fetched while these are worked on; below, it costs more than it gives. */
 enum { AHEAD_ROWS = 128 };
-enum { ROWS_MOST = 512 }; /* of a call that tiles are set up for once */
+enum { ROWS_MOST = 512 }; /* that tiles are set up for at once */
 
 /* What ldtilecfg loads: Intel SDM volume 2A. */
 typedef struct tile_shapes {
@@ -163,8 +163,7 @@ static const _Alignas(64) int32_t zeros[16];
     } while (0)
 
 /* 64 steps of k. Sums in tiles 0 1 over 2 3, A in 4 over 5, W in 6 7. A is loaded as a stream, past the L1 cache: it does not
- * come again before the next strips, while W and C do (M = 128, K = 768: N = 768 63 % of the peak instead of 49, N = 3072
- * 44 instead of 36). */
+ * come again before the next strips, while W and C do (M = 128, N = K = 768: 53 % of the rate of products instead of 45). */
 static inline __attribute__((always_inline)) void multiply_2x2(const int first, ptrdiff_t strips, const uint8_t *a,
                                                                const int8_t *w, work *e)
 {
@@ -245,7 +244,7 @@ static inline __attribute__((always_inline)) void multiply(const fb_act act, con
     finish(act, add, wide, e, before, row);
 }
 
-/* `wide` strips at a time, 2 with 2x2 tiles and 4 with 1x4, down all rows: W is read once, A for all of them. */
+/* `wide` strips at a time, 2 with 2x2 tiles and 4 with 1x4, down all rows: W is read once, A once for each of these. */
 static inline __attribute__((always_inline)) void run(const fb_act act, const int add, const int wide, ptrdiff_t m,
                                                       ptrdiff_t n, const uint8_t *a, const int8_t *packed,
                                                       const fb_epilogue *epilogue, float *c, work *e)
