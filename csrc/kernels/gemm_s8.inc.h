@@ -221,20 +221,27 @@ static void FB_ISA_NAME(s8_pack_f32)(ptrdiff_t n, ptrdiff_t k, const float *w, p
     }
 }
 
+/* Bytes of a group of strips that stay in the L1 cache while the rows of A pass by. */
+enum { S8_STAYS = 24576 };
+
 #ifdef FB_S8_SUMS
-#define s8_sums(mr, nv, t, sums) FB_S8_SUMS(mr, nv, t->k, t->a, t->lda, t->strip, t->strip_bytes, t->ahead, sums)
+#define FB_S8_FETCHES(mr) 0
+#define s8_sums(mr, nv, fetch, t, sums) FB_S8_SUMS(mr, nv, t->k, t->a, t->lda, t->strip, t->strip_bytes, t->ahead, sums)
 #else
+#define FB_S8_FETCHES(mr) ((mr) > FB_S8_MR / 2) /* fewer rows have no load to spare */
+
 /* Weights are prefetched as in gemm_f32.inc.h: a line of each strip so many bytes before its use, and one of a strip of the
  * next group. */
 enum { S8_AHEAD = 2048 };
 
 /* acc += k steps of mr rows of A by nv strips. */
-static inline __attribute__((always_inline)) void s8_steps(const int mr, const int nv, ptrdiff_t k, const uint8_t *a,
-                                                           ptrdiff_t lda, const int8_t *strip, ptrdiff_t strip_bytes,
-                                                           ptrdiff_t ahead, vi (*acc)[8])
+static inline __attribute__((always_inline)) void s8_steps(const int mr, const int nv, const int fetch, ptrdiff_t k,
+                                                           const uint8_t *a, ptrdiff_t lda, const int8_t *strip,
+                                                           ptrdiff_t strip_bytes, ptrdiff_t ahead, vi (*acc)[8])
 {
+    FB_FOUR_A_TURN
     for (ptrdiff_t p = 0; p < k; p += FB_S8_DEPTH) {
-        if (mr > FB_S8_MR / 2) { /* fewer rows have no load to spare */
+        if (fetch) {
             __builtin_prefetch(strip + p * 16 + ahead, 0, 2);
             FB_UNROLL
             for (int j = 0; j < nv; j++)
@@ -255,8 +262,8 @@ static inline __attribute__((always_inline)) void s8_steps(const int mr, const i
 }
 
 /* sums[i][j] = sum_p (a[i][p] - FB_A_SHIFT) * W[j][p] for mr rows and nv strips, rows of sums 8 * 16 apart. */
-static inline __attribute__((always_inline)) void s8_sums(const int mr, const int nv, const fb_s8_tile_args *t,
-                                                          int32_t *sums)
+static inline __attribute__((always_inline)) void s8_sums(const int mr, const int nv, const int fetch,
+                                                          const fb_s8_tile_args *t, int32_t *sums)
 {
     vi acc[FB_S8_MR][8];
 #ifdef FB_S8_PAIRS
@@ -269,7 +276,7 @@ static inline __attribute__((always_inline)) void s8_sums(const int mr, const in
         FB_UNROLL
     for (int j = 0; j < nv; j++)
         acc[i][j] = vi_set1(start[i]);
-    s8_steps(mr, nv, t->k, t->a, t->lda, t->strip, t->strip_bytes, t->ahead, acc);
+    s8_steps(mr, nv, fetch, t->k, t->a, t->lda, t->strip, t->strip_bytes, t->ahead, acc);
     FB_UNROLL
     for (int i = 0; i < mr; i++)
         FB_UNROLL
@@ -292,19 +299,24 @@ static inline void s8_ask_for_c(const int mr, const int nv, const fb_s8_tile_arg
 
 typedef void fb_s8_tile(const fb_s8_tile_args *t);
 
+static inline __attribute__((always_inline)) void s8_tile_any(const int mr, const int nv, const int fetch,
+                                                              const fb_s8_tile_args *t)
+{
+    _Alignas(64) int32_t sums[FB_S8_MR * 8 * 16];
+    s8_ask_for_c(mr, nv, t);
+    s8_sums(mr, nv, fetch, t, sums);
+    s8_finish(mr, nv, sums, 8 * 16, t);
+}
+
 #define FB_TILE(mr, nv)                                                                                                \
-    static void s8_tile_##mr##x##nv(const fb_s8_tile_args *t)                                                          \
-    {                                                                                                                  \
-        _Alignas(64) int32_t sums[mr * 8 * 16];                                                                        \
-        s8_ask_for_c(mr, nv, t);                                                                                       \
-        s8_sums(mr, nv, t, sums);                                                                                      \
-        s8_finish(mr, nv, sums, 8 * 16, t);                                                                            \
-    }
+    static void s8_tile_##mr##x##nv(const fb_s8_tile_args *t) { s8_tile_any(mr, nv, 0, t); }                           \
+    static void s8_first_##mr##x##nv(const fb_s8_tile_args *t) { s8_tile_any(mr, nv, 1, t); }
 FB_S8_TILES(FB_TILE)
 #undef FB_TILE
 
-#define FB_TILE(mr, nv) [mr][nv] = s8_tile_##mr##x##nv,
-static fb_s8_tile *const s8_tiles[FB_S8_MR + 1][8 + 1] = {FB_S8_TILES(FB_TILE)};
+#define FB_TILE(mr, nv)                                                                                                \
+    [mr][nv] = {s8_tile_##mr##x##nv, FB_S8_FETCHES(mr) ? s8_first_##mr##x##nv : s8_tile_##mr##x##nv},
+static fb_s8_tile *const s8_tiles[FB_S8_MR + 1][8 + 1][2] = {FB_S8_TILES(FB_TILE)}; /* [rows][strips][fetch] */
 #undef FB_TILE
 
 /* As gemm_s8, for m, n >= 1; prepared: these rows, with FB_S8_PAIRS. */
@@ -339,7 +351,7 @@ static void s8_rows(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const uint8_t *a, ptr
                                        .ldc = ldc,
                                        .prepared = prepared,
                                        .row = i};
-            s8_tiles[mr][nv](&t);
+            s8_tiles[mr][nv][h < nv || nv * strip_bytes > S8_STAYS](&t);
         }
     }
 }
