@@ -33,8 +33,8 @@ enum { FB_PANEL = 2 * FB_CHAIN };
 /* Weights come from far: the first FB_AHEAD steps ahead of their use, for the hardware's own prefetch stops at every 4 KB,
  * and the strips of the next panel one with each of the first groups of rows. One line to a step of k: a burst of them
  * would fill the line buffers and stop the loop. A group of rows that is alone waits for its weights, and fetches nothing for
- * others: from nearer it is 1.2 times as fast where they come from memory (8 rows, avx512, Zen 4; 2026-11). Later groups
- * find the panel in the L1 cache and fetch nothing. */
+ * others: from nearer it is 1.2 times as fast where they come from memory (8 rows, avx512, Zen 4; 2026-11). Groups
+ * between the first and the last, whose fetches run on into what comes next, find all in the L1 cache and fetch nothing. */
 enum { FB_AHEAD = 32, FB_AHEAD_ALONE = 12 };
 typedef enum { FB_FETCH_NONE, FB_FETCH_NEXT, FB_FETCH_ALONE, FB_FETCH_KINDS } fb_fetch;
 #ifndef FB_FETCHES
@@ -246,7 +246,8 @@ static void FB_ISA_NAME(gemm_f32)(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const f
                                         .last_columns = columns - (nv - 1) * 16,
                                         .c = c + i * ldc + column,
                                         .ldc = ldc};
-                tiles[mr][nv][row_groups == 1 ? FB_FETCH_ALONE : h < nv ? FB_FETCH_NEXT : FB_FETCH_NONE](&t);
+                const int fetches = h < nv || h + 1 == row_groups;
+                tiles[mr][nv][row_groups == 1 ? FB_FETCH_ALONE : fetches ? FB_FETCH_NEXT : FB_FETCH_NONE](&t);
                 if (last && acts)
                     activate(epilogue->act, mr, columns, residual, epilogue->ldr, t.c, ldc);
             }

@@ -351,7 +351,7 @@ static void s8_rows(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const uint8_t *a, ptr
                                        .ldc = ldc,
                                        .prepared = prepared,
                                        .row = i};
-            s8_tiles[mr][nv][h < nv || nv * strip_bytes > S8_STAYS](&t);
+            s8_tiles[mr][nv][h < nv || h + 1 == row_groups || nv * strip_bytes > S8_STAYS](&t);
         }
     }
 }
