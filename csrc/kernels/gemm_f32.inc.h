@@ -60,9 +60,8 @@ typedef struct fb_tile_args {
 typedef void fb_tile(const fb_tile_args *t);
 
 /* acc += the next steps of k, one after the other, in ascending order. Instructions that are no multiply-adds are few, for
- * another program may share the core and leave half the issue slots: with a turn of the loop for each step and prefetches
- * in every tile, 8 x 32 tokens of BERT-Mini on avx2 took 1.19 times as long in such moments, 1.05 times in others (Zen 3,
- * 2026-11). */
+ * another program may share the core and take issue slots: with a turn of the loop for each step and prefetches in every
+ * tile, 8 x 32 tokens of BERT-Mini on avx2 took 1.09 times as long in busy moments, 1.01 times in others (Zen 3, 2026-11). */
 static inline __attribute__((always_inline)) void fb_steps(const int mr, const int nv, const fb_fetch fetch,
                                                            const int steps, const float *a, ptrdiff_t lda,
                                                            const float *strip, ptrdiff_t strip_floats, ptrdiff_t ahead,
@@ -145,11 +144,7 @@ static inline __attribute__((always_inline)) void fb_tile_any(const int mr, cons
     _Alignas(64) float sums[FB_GEMM_MR][8 * 16];
     const float *before = t->first_panel ? NULL : t->c;
     ptrdiff_t ldb = t->ldc;
-    FB_UNROLL
-    for (int i = 0; i < mr; i++) /* else stores that wait for memory hold up the activation, which reads them */
-        FB_UNROLL
-    for (int j = 0; j < nv; j++)
-        __builtin_prefetch(t->c + i * t->ldc + j * 16, 1);
+    ask_for_c(mr, nv, t->c, t->ldc);
     for (ptrdiff_t p = 0;;) {
         const ptrdiff_t end = k - p < FB_CHAIN ? k : p + FB_CHAIN;
         FB_UNROLL

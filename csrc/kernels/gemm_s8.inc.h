@@ -221,12 +221,14 @@ static void FB_ISA_NAME(s8_pack_f32)(ptrdiff_t n, ptrdiff_t k, const float *w, p
     }
 }
 
-/* Bytes of a group of strips that stay in the L1 cache while the rows of A pass by. */
+/* Bytes of a group of strips that stay in an L1 cache of 32 KB while the rows of A pass by; longer ones are fetched for every
+ * group of rows. */
 enum { S8_STAYS = 24576 };
 
 #ifdef FB_S8_SUMS
 #define FB_S8_FETCHES(mr) 0
-#define s8_sums(mr, nv, fetch, t, sums) FB_S8_SUMS(mr, nv, t->k, t->a, t->lda, t->strip, t->strip_bytes, t->ahead, sums)
+#define s8_sums(mr, nv, fetch, t, sums)                                                                                \
+    ((void)(fetch), FB_S8_SUMS(mr, nv, t->k, t->a, t->lda, t->strip, t->strip_bytes, t->ahead, sums))
 #else
 #define FB_S8_FETCHES(mr) ((mr) > FB_S8_MR / 2) /* fewer rows have no load to spare */
 
@@ -288,22 +290,13 @@ static inline __attribute__((always_inline)) void s8_sums(const int mr, const in
 }
 #endif
 
-/* Asks for the lines of C at the start of a tile. Stores that wait for memory would hold up all stores after them, the first
- * of the next tile included: without this, N = 1536 ran a quarter slower than N = 384 on avx2 (K = 384, 2026-11). */
-static inline void s8_ask_for_c(const int mr, const int nv, const fb_s8_tile_args *t)
-{
-    for (int i = 0; i < mr; i++)
-        for (int j = 0; j < nv; j++)
-            __builtin_prefetch(t->c + i * t->ldc + j * 16, 1);
-}
-
 typedef void fb_s8_tile(const fb_s8_tile_args *t);
 
 static inline __attribute__((always_inline)) void s8_tile_any(const int mr, const int nv, const int fetch,
                                                               const fb_s8_tile_args *t)
 {
     _Alignas(64) int32_t sums[FB_S8_MR * 8 * 16];
-    s8_ask_for_c(mr, nv, t);
+    ask_for_c(mr, nv, t->c, t->ldc);
     s8_sums(mr, nv, fetch, t, sums);
     s8_finish(mr, nv, sums, 8 * 16, t);
 }
@@ -351,7 +344,8 @@ static void s8_rows(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const uint8_t *a, ptr
                                        .ldc = ldc,
                                        .prepared = prepared,
                                        .row = i};
-            s8_tiles[mr][nv][h < nv || h + 1 == row_groups || nv * strip_bytes > S8_STAYS](&t);
+            const int fetches = h < nv || h + 1 == row_groups || nv * strip_bytes > S8_STAYS;
+            s8_tiles[mr][nv][fetches](&t);
         }
     }
 }
