@@ -29,8 +29,7 @@ enum {
     BUDGET = 256,      /* tokens of a micro-batch: weights are read once for so many rows, activations still fit L2 */
     BUDGET_MIN = 64,   /* cut finer to give every thread some, but not below this or a thread's share */
     FEW_FLOATS = 6144, /* of a few rows quantised at once: 24 KB */
-    ROW_BLOCK = 64,    /* rows of a layer after attention at once: all they pass through stays in the L2 cache; */
-    SMALL_S8 = 65536,  /* but not of int8 layers with more weights in FFN-up, for they take longer to read again */
+    SMALL_S8 = 65536,  /* weights in FFN-up: int8 layers with more go uncut, for it takes longer to read them again */
     QUERY_BLOCK = 64,  /* rows of scores held at once: 64 x 512 floats are 128 KB */
     SEQ_S8 = 64, /* int8 models: from so many tokens on attention is integer; below, quantising costs what that saves */
     SEQ_BY_HEADS = 64, /* from so many tokens on (by_heads) */
@@ -600,7 +599,7 @@ static void layer(micro_batch *b, const fb_layer *l, int narrow)
     const ptrdiff_t rows = b->rows_end - b->row;
     const int cut = l->intermediate.format == FB_FORMAT_F32 ||
                     (l->intermediate.format == FB_FORMAT_S8 && l->intermediate.out * l->intermediate.in <= SMALL_S8);
-    const ptrdiff_t parts = b->by_rows && cut ? (rows + ROW_BLOCK - 1) / ROW_BLOCK : 1;
+    const ptrdiff_t block = m->kernels.row_block, parts = b->by_rows && cut ? (rows + block - 1) / block : 1;
     for (ptrdiff_t i = 0; i < parts; i++) {
         part.row = b->row + rows * i / parts;
         part.rows_end = b->row + rows * (i + 1) / parts;

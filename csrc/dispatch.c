@@ -39,7 +39,7 @@ static void inherit(fb_kernels *merged, const fb_kernels *row)
         merged->needs = row->needs;
     }
 #define FB_INHERIT(slot)                                                                                               \
-    if (merged->slot == NULL)                                                                                          \
+    if (!merged->slot)                                                                                                 \
         merged->slot = row->slot;
     FB_INHERIT(gemm_f32)
     FB_INHERIT(softmax_f32)
@@ -49,6 +49,7 @@ static void inherit(fb_kernels *merged, const fb_kernels *row)
     FB_INHERIT(quantize_u8)
     FB_INHERIT(mix_quantize_u8)
     FB_INHERIT(gemm_s8)
+    FB_INHERIT(row_block)
     if (row->gemm_split != NULL && (row->gemm_split->needs & ~fb_cpu_features()) == 0)
         FB_INHERIT(gemm_split)
 #undef FB_INHERIT

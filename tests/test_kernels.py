@@ -179,6 +179,7 @@ def gemm_f32_cases() -> list[Linear]:
         *((m, n, k) for m in (1, 13) for n, k in MODELS),
         *((tokens, tokens, size) for tokens, size in ATTENTION),  # scores
         *((tokens, size, tokens) for tokens, size in ATTENTION),  # context
+        *((m, n, k) for m in (95, 96, 101) for n, k in [(37, 0), (128, 129), (131, 300), (263, 70)]),  # turns
     ]
     return fused(shapes, GemmF32)
 

@@ -16,6 +16,7 @@
 #define FB_GEMM_MR 6
 #define FB_GEMM_TILES(X) X(1, 1) X(1, 2) X(1, 3) X(1, 4) X(2, 1) X(2, 2) X(3, 1) X(3, 2) X(4, 1) X(5, 1) X(6, 1)
 static const int fb_gemm_strips[FB_GEMM_MR + 1] = {0, 4, 2, 2, 1, 1, 1};
+#define FB_GEMM_TURN 8 /* 64 KB of W: half the L2 cache of the smallest of these cores */
 #include "gemm_f32.inc.h"
 
 /* Unsigned by signed bytes, in pairs that fit 16 bits (s8_pairs.inc.h). */
@@ -49,4 +50,5 @@ const fb_kernels fb_kernels_avx2 = {
     .quantize_u8 = quantize_u8_avx2,
     .mix_quantize_u8 = mix_quantize_u8_avx2,
     .gemm_s8 = &gemm_s8,
+    .row_block = 128,
 };

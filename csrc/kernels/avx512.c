@@ -50,4 +50,5 @@ const fb_kernels fb_kernels_avx512 = {
     .quantize_u8 = quantize_u8_avx512,
     .mix_quantize_u8 = mix_quantize_u8_avx512,
     .gemm_s8 = &gemm_s8,
+    .row_block = 64,
 };

@@ -88,4 +88,5 @@ const fb_kernels fb_kernels_neon = {
     .quantize_u8 = quantize_u8_neon,
     .mix_quantize_u8 = mix_quantize_u8_neon,
     .gemm_s8 = &gemm_s8,
+    .row_block = 64,
 };

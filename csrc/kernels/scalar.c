@@ -45,4 +45,5 @@ const fb_kernels fb_kernels_scalar = {
     .quantize_u8 = quantize_u8_scalar,
     .mix_quantize_u8 = mix_quantize_u8_scalar,
     .gemm_s8 = &gemm_s8,
+    .row_block = 64,
 };
