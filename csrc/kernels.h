@@ -213,8 +213,7 @@ typedef struct fb_kernels {
     fb_quantize_u8 *quantize_u8;
     fb_mix_quantize_u8 *mix_quantize_u8;
     const fb_gemm_s8 *gemm_s8;
-    ptrdiff_t
-        row_block; /* rows that pass through a layer together after attention: the L2 cache should hold all of it */
+    ptrdiff_t row_block; /* rows that go through a layer together after attention, by the size of the L2 cache */
     const fb_gemm_split *gemm_split; /* NULL in sets and on CPUs without it; then float32 models run on gemm_f32 */
 } fb_kernels;
 
