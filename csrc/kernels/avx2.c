@@ -16,7 +16,7 @@
 #define FB_GEMM_MR 6
 #define FB_GEMM_TILES(X) X(1, 1) X(1, 2) X(1, 3) X(1, 4) X(2, 1) X(2, 2) X(3, 1) X(3, 2) X(4, 1) X(5, 1) X(6, 1)
 static const int fb_gemm_strips[FB_GEMM_MR + 1] = {0, 4, 2, 2, 1, 1, 1};
-#define FB_GEMM_TURN 8 /* 64 KB of W: half the L2 cache of the smallest of these cores */
+#define FB_GEMM_TURN 8 /* 64 KB of W: a quarter of the smallest L2 cache among these cores */
 #include "gemm_f32.inc.h"
 
 /* Unsigned by signed bytes, in pairs that fit 16 bits (s8_pairs.inc.h). */

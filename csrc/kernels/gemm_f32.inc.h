@@ -248,7 +248,8 @@ static void FB_ISA_NAME(gemm_f32)(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const f
             const float *bias = last ? epilogue->bias : NULL, *residual = last ? epilogue->residual : NULL;
             for (ptrdiff_t h = 0, i = 0, i_end; h < row_groups; h++, i = i_end) {
                 i_end = m * (h + 1) / row_groups;
-                const ptrdiff_t share = t.k * h / row_groups, share_end = t.k * (h + 1) / row_groups;
+                const ptrdiff_t share = longest > 1 ? t.k * h / row_groups : 0;
+                const ptrdiff_t share_end = longest > 1 ? t.k * (h + 1) / row_groups : 0;
                 const int fetches = longest == 1 && (h < wide || h + 1 == row_groups);
                 const fb_fetch fetch = row_groups == 1 ? FB_FETCH_ALONE : fetches ? FB_FETCH_NEXT : FB_FETCH_NONE;
                 t.a = a + i * lda + p;
