@@ -32,6 +32,7 @@ enum {
     SMALL_S8 = 65536,  /* weights in FFN-up: int8 layers with more go uncut, for it takes longer to read them again */
     QUERY_BLOCK = 64,  /* rows of scores held at once: 64 x 512 floats are 128 KB */
     SEQ_S8 = 64, /* int8 models: from so many tokens on attention is integer; below, quantising costs what that saves */
+    SEQ_SPLIT = 128,   /* FB_FORMAT_SPLIT: from so many tokens on attention is split; below, splitting costs as much */
     SEQ_BY_HEADS = 64, /* from so many tokens on (by_heads) */
     RACK = 16          /* idle workspaces that a model keeps */
 };
@@ -162,10 +163,12 @@ void fb_get_info(const fb_model *model, fb_info *info)
 
 static ptrdiff_t score_rows(ptrdiff_t tokens) { return tokens < QUERY_BLOCK ? tokens : QUERY_BLOCK; }
 
-/* A matter of the sequence alone: its bits may not depend on its batch, nor on the kernel set. */
-static int integer_attention(const fb_model *m, ptrdiff_t seq)
+/* How a sequence of so many tokens is attended: a matter of the sequence alone, for its bits may not depend on its batch, and
+ * in int8 models not of the kernel set. */
+static fb_format attention_format(const fb_model *m, ptrdiff_t seq)
 {
-    return m->config.precision == FB_INT8 && seq >= SEQ_S8;
+    const fb_format format = fb_encoder_format(&m->config, &m->kernels);
+    return seq < (format == FB_FORMAT_S8 ? SEQ_S8 : SEQ_SPLIT) ? FB_FORMAT_F32 : format;
 }
 
 /* What one head of a sequence needs at a time. */
@@ -183,12 +186,12 @@ typedef struct head_scratch {
 static head_scratch head_scratch_at(const fb_model *m, ptrdiff_t seq, char *at)
 {
     const ptrdiff_t head_dim = m->config.hidden_size / m->config.num_attention_heads;
-    const int int8 = integer_attention(m, seq);
+    const fb_format format = attention_format(m, seq);
+    const int int8 = format == FB_FORMAT_S8;
     const size_t block = (size_t)score_rows(seq), lines = (block * sizeof(float) + 63) / 64 * 64;
-    size_t (*const packed_bytes)(ptrdiff_t, ptrdiff_t) =
-        int8 ? m->kernels.gemm_s8->packed_bytes : m->kernels.gemm_f32->packed_bytes;
     head_scratch s = {.ld_scores = leading(seq), .ld_bytes = fb_k8(seq > head_dim ? seq : head_dim) + 64};
-    const size_t values = packed_bytes(seq, head_dim), scores = values + packed_bytes(head_dim, seq);
+    const size_t values = fb_packed_bytes(&m->kernels, format, seq, head_dim);
+    const size_t scores = values + fb_packed_bytes(&m->kernels, format, head_dim, seq);
     const size_t bytes = scores + block * (size_t)s.ld_scores * sizeof(float);
     const size_t scale = bytes + (int8 ? block * (size_t)s.ld_bytes : 0), zero = scale + (int8 ? lines : 0);
     s.size = zero + (int8 ? lines : 0);
@@ -203,11 +206,12 @@ static head_scratch head_scratch_at(const fb_model *m, ptrdiff_t seq, char *at)
     return s;
 }
 
-/* For sequences of up to so many tokens: the longest that is attended in float32 may need more than a longer one. */
+/* For sequences of up to so many tokens: in int8 models the longest that is attended in float32 may need more than a longer
+ * one. */
 static size_t attention_bytes(const fb_model *m, ptrdiff_t tokens)
 {
     const size_t size = head_scratch_at(m, tokens, NULL).size;
-    const size_t other = integer_attention(m, tokens) ? head_scratch_at(m, SEQ_S8 - 1, NULL).size : 0;
+    const size_t other = tokens >= SEQ_S8 ? head_scratch_at(m, SEQ_S8 - 1, NULL).size : 0;
     return size > other ? size : other;
 }
 
@@ -397,6 +401,18 @@ static void quantize(const micro_batch *b, const float *x, ptrdiff_t k, ptrdiff_
     meet_if_columns(b);
 }
 
+/* gemm_f32, or where format says so gemm_split. */
+static void multiply_f32(const micro_batch *b, fb_format format, ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const float *a,
+                         ptrdiff_t lda, const void *packed, const fb_epilogue *epilogue, float *c, ptrdiff_t ldc)
+{
+    const fb_kernels *kernels = &b->model->kernels;
+    if (format == FB_FORMAT_SPLIT)
+        kernels->gemm_split->run(m, n, k, a, lda, packed, epilogue, c, ldc,
+                                 b->ws->split + (size_t)FB_SPLIT_SCRATCH * (size_t)b->team->rank);
+    else
+        kernels->gemm_f32->run(m, n, k, a, lda, packed, epilogue, c, ldc);
+}
+
 /* out = act(x W^T + bias) and residual, as the epilogue has it, of some rows and columns. x points to the first of the
  * rows; int8 layers take what quantize made of them. */
 static void multiply(const micro_batch *b, const fb_linear *layer, ptrdiff_t row, ptrdiff_t rows, ptrdiff_t column,
@@ -405,17 +421,14 @@ static void multiply(const micro_batch *b, const fb_linear *layer, ptrdiff_t row
 {
     const fb_kernels *kernels = &b->model->kernels;
     const workspace *ws = b->ws;
-    const char *packed = layer->packed;
+    const fb_format format = layer->format;
     const ptrdiff_t k = layer->in, ldq = b->model->ld_q;
-    if (layer->format == FB_FORMAT_S8)
-        kernels->gemm_s8->run(rows, columns, k, ws->q + row * ldq, ldq, ws->q_scale + row, ws->q_zero + row,
-                              packed + kernels->gemm_s8->packed_bytes(column, k), epilogue, out, ldo);
-    else if (layer->format == FB_FORMAT_SPLIT)
-        kernels->gemm_split->run(rows, columns, k, x, ldx, packed + kernels->gemm_split->packed_bytes(column, k),
-                                 epilogue, out, ldo, ws->split + (size_t)FB_SPLIT_SCRATCH * (size_t)b->team->rank);
+    const char *packed = (const char *)layer->packed + fb_packed_bytes(kernels, format, column, k);
+    if (format == FB_FORMAT_S8)
+        kernels->gemm_s8->run(rows, columns, k, ws->q + row * ldq, ldq, ws->q_scale + row, ws->q_zero + row, packed,
+                              epilogue, out, ldo);
     else
-        kernels->gemm_f32->run(rows, columns, k, x, ldx, packed + kernels->gemm_f32->packed_bytes(column, k), epilogue,
-                               out, ldo);
+        multiply_f32(b, format, rows, columns, k, x, ldx, packed, epilogue, out, ldo);
 }
 
 /* out = residual + act(x W^T + bias), this member's share. spare: see quantize. */
@@ -474,28 +487,30 @@ static void embed(const micro_batch *b)
 
 /* context [queries][head_dim] = softmax(q k^T / sqrt(head_dim)) v for one head of a sequence; a row of q is followed by
  * its k and v. */
-static void attend_f32(const fb_model *m, ptrdiff_t seq, ptrdiff_t queries, const float *q, ptrdiff_t ldq,
+static void attend_f32(const micro_batch *b, ptrdiff_t seq, ptrdiff_t queries, const float *q, ptrdiff_t ldq,
                        const head_scratch *s, float *context)
 {
-    const fb_gemm_f32 *gemm = m->kernels.gemm_f32;
+    const fb_model *m = b->model;
+    const fb_format format = attention_format(m, seq);
     const fb_epilogue plain = {NULL, FB_ACT_NONE, NULL, 0};
     const ptrdiff_t hidden = m->config.hidden_size, head_dim = hidden / m->config.num_attention_heads;
     const ptrdiff_t block = score_rows(seq);
-    gemm->pack(seq, head_dim, q + head_dim, ldq, 1, s->keys);
-    gemm->pack(head_dim, seq, q + 2 * head_dim, 1, ldq, s->values);
+    fb_pack_f32(&m->kernels, format, seq, head_dim, q + head_dim, ldq, 1, s->keys);
+    fb_pack_f32(&m->kernels, format, head_dim, seq, q + 2 * head_dim, 1, ldq, s->values);
     for (ptrdiff_t i = 0; i < queries; i += block) {
         const ptrdiff_t rows = queries - i < block ? queries - i : block;
-        gemm->run(rows, seq, head_dim, q + i * ldq, ldq, s->keys, &plain, s->scores, s->ld_scores);
+        multiply_f32(b, format, rows, seq, head_dim, q + i * ldq, ldq, s->keys, &plain, s->scores, s->ld_scores);
         m->kernels.softmax_f32(rows, seq, 1.0f / sqrtf((float)head_dim), s->scores, s->ld_scores);
-        gemm->run(rows, head_dim, seq, s->scores, s->ld_scores, s->values, &plain, context + i * m->ld_hidden,
-                  m->ld_hidden);
+        multiply_f32(b, format, rows, head_dim, seq, s->scores, s->ld_scores, s->values, &plain,
+                     context + i * m->ld_hidden, m->ld_hidden);
     }
 }
 
 /* The same in integers: queries and keys have a scale per token, probabilities one per query, values one per channel. */
-static void attend_s8(const fb_model *m, ptrdiff_t seq, ptrdiff_t queries, const float *q, ptrdiff_t ldq,
+static void attend_s8(const micro_batch *b, ptrdiff_t seq, ptrdiff_t queries, const float *q, ptrdiff_t ldq,
                       const head_scratch *s, float *context)
 {
+    const fb_model *m = b->model;
     const fb_gemm_s8 *gemm = m->kernels.gemm_s8;
     const fb_epilogue plain = {NULL, FB_ACT_NONE, NULL, 0};
     const ptrdiff_t hidden = m->config.hidden_size, head_dim = hidden / m->config.num_attention_heads;
@@ -552,7 +567,8 @@ static void attention(const micro_batch *b, const fb_linear *qkv)
                          q, ldq);
             }
             float *context = ws->context + out * m->ld_hidden + head * head_dim;
-            (integer_attention(m, seq) ? attend_s8 : attend_f32)(m, seq, queries, q, ldq, &parts, context);
+            const int int8 = attention_format(m, seq) == FB_FORMAT_S8;
+            (int8 ? attend_s8 : attend_f32)(b, seq, queries, q, ldq, &parts, context);
         }
         if (b->narrow && b->team->rank == 0)
             memmove(ws->x + out * m->ld_hidden, ws->x + first * m->ld_hidden, (size_t)hidden * sizeof(float));

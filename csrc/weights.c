@@ -289,10 +289,7 @@ static fb_linear linear(walk *w, const char *prefix, const char *const *names, i
     const ptrdiff_t n = parts * out;
     const size_t staging = (size_t)n * (size_t)in * sizeof(float);
     const fb_kernels *kernels = w->kernels;
-    const size_t packed_bytes = format == FB_FORMAT_S8      ? kernels->gemm_s8->packed_bytes(n, in)
-                                : format == FB_FORMAT_SPLIT ? kernels->gemm_split->packed_bytes(n, in)
-                                                            : kernels->gemm_f32->packed_bytes(n, in);
-    fb_linear r = {n, in, format, take(w, packed_bytes), NULL};
+    fb_linear r = {n, in, format, take(w, fb_packed_bytes(kernels, format, n, in)), NULL};
     float *bias = NULL;
     if (staging > w->staging_bytes)
         w->staging_bytes = staging;
@@ -318,12 +315,8 @@ static fb_linear linear(walk *w, const char *prefix, const char *const *names, i
     }
     if (w->status != FB_OK || w->block == NULL)
         return r;
-    if (format == FB_FORMAT_F32) {
-        kernels->gemm_f32->pack(n, in, w->staging, in, 1, (void *)r.packed);
-        return r;
-    }
-    if (format == FB_FORMAT_SPLIT) {
-        kernels->gemm_split->pack(n, in, w->staging, in, (void *)r.packed);
+    if (format != FB_FORMAT_S8) {
+        fb_pack_f32(kernels, format, n, in, w->staging, in, 1, (void *)r.packed);
         return r;
     }
     const float gain = mixed ? fb_mix_gain(in) : 1.0f;
@@ -333,6 +326,20 @@ static fb_linear linear(walk *w, const char *prefix, const char *const *names, i
         w->scales[j] = quantize_row(in, w->staging + j * in, w->staging_s8 + j * in) / gain;
     kernels->gemm_s8->pack(n, in, w->staging_s8, in, w->scales, (void *)r.packed);
     return r;
+}
+
+size_t fb_packed_bytes(const fb_kernels *kernels, fb_format format, ptrdiff_t n, ptrdiff_t k)
+{
+    return format == FB_FORMAT_S8      ? kernels->gemm_s8->packed_bytes(n, k)
+           : format == FB_FORMAT_SPLIT ? kernels->gemm_split->packed_bytes(n, k)
+                                       : kernels->gemm_f32->packed_bytes(n, k);
+}
+
+void fb_pack_f32(const fb_kernels *kernels, fb_format format, ptrdiff_t n, ptrdiff_t k, const float *w,
+                 ptrdiff_t stride_n, ptrdiff_t stride_k, void *packed)
+{
+    (format == FB_FORMAT_SPLIT ? kernels->gemm_split->pack : kernels->gemm_f32->pack)(n, k, w, stride_n, stride_k,
+                                                                                      packed);
 }
 
 fb_format fb_encoder_format(const fb_config *config, const fb_kernels *kernels)

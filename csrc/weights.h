@@ -45,6 +45,13 @@ typedef struct fb_weights {
     fb_linear dense[FB_MAX_DENSE];
 } fb_weights;
 
+/* Bytes of a matrix [n][k] packed for it. */
+size_t fb_packed_bytes(const fb_kernels *kernels, fb_format format, ptrdiff_t n, ptrdiff_t k);
+
+/* pack of fb_gemm_f32 or fb_gemm_split. */
+void fb_pack_f32(const fb_kernels *kernels, fb_format format, ptrdiff_t n, ptrdiff_t k, const float *w,
+                 ptrdiff_t stride_n, ptrdiff_t stride_k, void *packed);
+
 /* Of the encoder's layers; pooler and dense modules are FB_FORMAT_F32. */
 fb_format fb_encoder_format(const fb_config *config, const fb_kernels *kernels);
 

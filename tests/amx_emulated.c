@@ -198,9 +198,9 @@ const char *amx_split_name(void) { return fb_kernels_amx.gemm_split->name; }
 
 size_t amx_split_packed_bytes(ptrdiff_t n, ptrdiff_t k) { return fb_kernels_amx.gemm_split->packed_bytes(n, k); }
 
-void amx_split_pack(ptrdiff_t n, ptrdiff_t k, const float *w, ptrdiff_t ldw, void *packed)
+void amx_split_pack(ptrdiff_t n, ptrdiff_t k, const float *w, ptrdiff_t stride_n, ptrdiff_t stride_k, void *packed)
 {
-    fb_kernels_amx.gemm_split->pack(n, k, w, ldw, packed);
+    fb_kernels_amx.gemm_split->pack(n, k, w, stride_n, stride_k, packed);
 }
 
 void amx_split_run(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const float *a, ptrdiff_t lda, const void *packed,

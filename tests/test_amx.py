@@ -73,7 +73,7 @@ class EmulatedAmx(KernelSet):
         library.amx_run.restype = None
         library.amx_split_packed_bytes.argtypes = [size, size]
         library.amx_split_packed_bytes.restype = ctypes.c_size_t
-        library.amx_split_pack.argtypes = [size, size, address, size, address]
+        library.amx_split_pack.argtypes = [size, size, address, size, size, address]
         library.amx_split_pack.restype = None
         library.amx_split_run.argtypes = [size] * 3 + [address, size, address, address, ctypes.c_int]
         library.amx_split_run.argtypes += [address, size, address, size, address]
@@ -125,7 +125,8 @@ class EmulatedAmx(KernelSet):
         return self.library.amx_split_packed_bytes(n, k)
 
     def pack_split(self, w: NDArray[np.float32], packed: NDArray[np.uint8], repeat: int = 1) -> None:
-        self.library.amx_split_pack(*w.shape, *rows_of(w), packed.ctypes.data)
+        strides = (stride // w.itemsize if size > 1 else 1 for size, stride in zip(w.shape, w.strides, strict=True))
+        self.library.amx_split_pack(*w.shape, w.ctypes.data, *strides, packed.ctypes.data)
 
     def gemm_split(
         self,

@@ -50,15 +50,17 @@ static inline __m512i split_pair(__m512 x, __m512 y)
     return _mm512_ternarylogic_epi32(low, _mm512_castps_si512(y), upper, 0xf8); /* low | y & upper */
 }
 
-/* The parts of 16 lanes and 16 more, part after part, `apart` bytes from one to the next. */
+/* The parts of 16 lanes and 16 more, part after part, `apart` bytes from one to the next. What is left for the last one has
+ * eight significant bits: nothing is to be rounded. */
 static inline void split_store(__m512 x, __m512 y, char *out, ptrdiff_t apart)
 {
-    for (int part = 0; part < SPLIT_PARTS; part++) {
+    for (int part = 0; part < SPLIT_PARTS - 1; part++, out += apart) {
         const __m512 rounded_x = split_round(x), rounded_y = split_round(y);
-        _mm512_storeu_si512(out + part * apart, split_pair(rounded_x, rounded_y));
+        _mm512_storeu_si512(out, split_pair(rounded_x, rounded_y));
         x = v_sub(x, rounded_x);
         y = v_sub(y, rounded_y);
     }
+    _mm512_storeu_si512(out, split_pair(x, y));
 }
 
 /* Element 0 .. 15 of a row of so many elements, 0 for those beyond. */
@@ -67,20 +69,18 @@ static inline vf split_load(const float *p, ptrdiff_t elements)
     return elements >= 16 ? v_load(p) : elements > 0 ? v_load_n(p, elements, 0.0f) : v_set1(0.0f);
 }
 
-static void split_pack(ptrdiff_t n, ptrdiff_t k, const float *w, ptrdiff_t ldw, void *packed)
+static void split_pack(ptrdiff_t n, ptrdiff_t k, const float *w, ptrdiff_t stride_n, ptrdiff_t stride_k, void *packed)
 {
     char *out = packed;
-    for (ptrdiff_t j = 0; j < n; j += 16, w += 16 * ldw)
+    for (ptrdiff_t j = 0; j < n; j += 16)
         for (ptrdiff_t p = 0; p < k; p += SPLIT_STEP, out += SPLIT_PARTS * SPLIT_TILE) {
-            vf x[2][16];
-            for (ptrdiff_t half = 0; half < 2; half++) {
-                const ptrdiff_t at = p + 16 * half;
-                for (ptrdiff_t i = 0; i < 16; i++)
-                    x[half][i] = j + i < n && at < k ? split_load(w + i * ldw + at, k - at) : v_set1(0.0f);
-                v_transpose(x[half]);
-            }
+            _Alignas(64) float steps[SPLIT_STEP * 16];
+            const ptrdiff_t depth = k - p < SPLIT_STEP ? k - p : SPLIT_STEP;
+            strip_of(n - j < 16 ? n - j : 16, depth, w + j * stride_n + p * stride_k, stride_n, stride_k, steps);
+            for (ptrdiff_t i = depth; i < SPLIT_STEP; i++)
+                v_store(steps + i * 16, v_set1(0.0f));
             for (ptrdiff_t i = 0; i < 16; i++)
-                split_store(x[0][i], x[1][i], out + i * 64, SPLIT_TILE);
+                split_store(v_load(steps + i * 16), v_load(steps + (i + 16) * 16), out + i * 64, SPLIT_TILE);
         }
 }
 
@@ -94,123 +94,92 @@ static void split_rows(ptrdiff_t m, ptrdiff_t k, const float *a, ptrdiff_t lda, 
         }
 }
 
-/* A block of C on its way: the sums of a panel of k. */
-typedef struct split_block {
-    ptrdiff_t rows, strips, last_columns;
-    ptrdiff_t done;  /* rows at the top that are those of the block above */
-    ptrdiff_t upper; /* rows of the upper tiles where it has 2x2 */
-    int first_panel; /* C is written, not added to */
-    int last_panel;  /* and completed */
-    const char *a, *w;
-    ptrdiff_t strip_bytes, steps;
-    const float *bias, *residual;
-    ptrdiff_t ldr;
-    float *c;
-    ptrdiff_t ldc;
-} split_block;
+/* What turns the sums of 16 columns into float32. */
+typedef struct split_columns {
+    vf bias;
+    __mmask16 used, added; /* columns of C; those that hold the panels so far */
+} split_columns;
 
-/* What is done while the tiles of a block are multiplied: the block before is added to C, packed W is fetched. */
-typedef struct split_errand {
-    _Alignas(64) float sums[32 * 32]; /* of the block before: [rows][wide * 16] */
-    vf bias[4];
-    __mmask16 used[4], added[4]; /* columns of C; those that hold the panels so far */
-    split_block before;
+/* What all blocks of a panel share. */
+typedef struct split_work {
+    _Alignas(64) float sums[32 * 32]; /* of the block before: [rows][wide * 16], wide as in split_run */
+    ptrdiff_t rows, upper;            /* of a block; of its upper tiles where it has 2x2 */
+    ptrdiff_t steps;                  /* of SPLIT_STEP */
+    ptrdiff_t strip_bytes, ldc, ldr;
     fb_act act;
-    void (*finish)(struct split_errand *e), (*finish_last)(struct split_errand *e);
-    ptrdiff_t wide;                   /* strips of a block that is full: 2 with 2x2 tiles, 4 with 1x4 */
-    ptrdiff_t finished;               /* rows of the block before */
-    ptrdiff_t share;                  /* calls of finish with every step */
+    int first_panel;                  /* C is written, not added to */
     ptrdiff_t ahead;                  /* bytes from a strip to the one to be fetched into the L2 cache meanwhile, */
     ptrdiff_t ahead_begin, ahead_end; /* these bytes of every step; 1x4 tiles fetch nothing: it would cost them time */
-} split_errand;
+} split_work;
 
-/* n rows of the block before, all but e constant; straight code, see finish_rows. */
-static inline __attribute__((always_inline)) void split_finish_rows(const fb_act act, const int add, const int wide,
-                                                                    const int n, const split_errand *e)
+/* A block of C whose sums are to be added to it. */
+typedef struct split_block {
+    ptrdiff_t rows; /* 0: none */
+    ptrdiff_t done; /* rows at the top that are those of the block above, too */
+    const split_columns *columns;
+    const float *residual;
+    float *c;
+} split_block;
+
+/* Of `wide` strips, of which so many are there, with n columns. */
+static inline __attribute__((always_inline)) void
+split_read_columns(const int wide, ptrdiff_t strips, ptrdiff_t n, int first_panel, const float *bias, split_columns *c)
 {
-    const ptrdiff_t row = e->finished, ldc = e->before.ldc, ldr = e->before.ldr;
+    for (ptrdiff_t j = 0; j < wide; j++) {
+        c[j].used = j < strips ? v_mask(n - j * 16 < 16 ? n - j * 16 : 16) : 0;
+        c[j].added = first_panel ? 0 : c[j].used;
+        c[j].bias = bias ? _mm512_maskz_loadu_ps(c[j].used, bias + j * 16) : v_set1(0.0f);
+    }
+}
+
+/* n rows of b from `row` on, all but the last three constant; straight code, see finish_rows. */
+static inline __attribute__((always_inline)) void split_finish_rows(const fb_act act, const int add, const int wide,
+                                                                    const int n, const split_work *e,
+                                                                    const split_block *b, ptrdiff_t row)
+{
+    const ptrdiff_t ldc = e->ldc, ldr = e->ldr;
     for (int j = 0; j < wide; j += 2) {
-        const __mmask16 used_l = e->used[j], used_r = e->used[j + 1];
-        const __mmask16 added_l = e->added[j], added_r = e->added[j + 1];
-        const vf bias_l = e->bias[j], bias_r = e->bias[j + 1];
+        const split_columns l = b->columns[j], r = b->columns[j + 1];
         const float *sums = e->sums + (row * wide + j) * 16;
-        const float *residual = add ? e->before.residual + row * ldr + j * 16 : NULL;
-        float *out = e->before.c + row * ldc + j * 16;
+        const float *residual = add ? b->residual + row * ldr + j * 16 : NULL;
+        float *out = b->c + row * ldc + j * 16;
         FB_UNROLL
         for (int i = 0; i < n; i++, sums += wide * 16, out += ldc, residual += add ? ldr : 0) {
-            const vf sum_l = v_add(_mm512_maskz_loadu_ps(added_l, out), v_load(sums));
-            const vf sum_r = v_add(_mm512_maskz_loadu_ps(added_r, out + 16), v_load(sums + 16));
-            vf x = v_act(act, v_add(sum_l, bias_l)), y = v_act(act, v_add(sum_r, bias_r));
+            const vf sum_l = v_add(_mm512_maskz_loadu_ps(l.added, out), v_load(sums));
+            const vf sum_r = v_add(_mm512_maskz_loadu_ps(r.added, out + 16), v_load(sums + 16));
+            vf x = v_act(act, v_add(sum_l, l.bias)), y = v_act(act, v_add(sum_r, r.bias));
             if (add) {
-                x = v_add(_mm512_maskz_loadu_ps(used_l, residual), x);
-                y = v_add(_mm512_maskz_loadu_ps(used_r, residual + 16), y);
+                x = v_add(_mm512_maskz_loadu_ps(l.used, residual), x);
+                y = v_add(_mm512_maskz_loadu_ps(r.used, residual + 16), y);
             }
-            _mm512_mask_storeu_ps(out, used_l, x);
-            _mm512_mask_storeu_ps(out + 16, used_r, y);
+            _mm512_mask_storeu_ps(out, l.used, x);
+            _mm512_mask_storeu_ps(out + 16, r.used, y);
         }
     }
 }
 
-/* The next SPLIT_FEW_ROWS rows, or all that are left where these are fewer. */
+/* Rows of b from `row` on, up to a share of all rows; returns the row after them. */
 enum { SPLIT_FEW_ROWS = 4 };
-static inline __attribute__((always_inline)) void split_finish(const fb_act act, const int add, const int wide,
-                                                               split_errand *e)
+static inline __attribute__((always_inline)) ptrdiff_t split_finish(const fb_act act, const int add, const int wide,
+                                                                    ptrdiff_t share, const split_work *e,
+                                                                    const split_block *b, ptrdiff_t row)
 {
-    if (e->before.rows - e->finished >= SPLIT_FEW_ROWS) {
-        split_finish_rows(act, add, wide, SPLIT_FEW_ROWS, e);
-        e->finished += SPLIT_FEW_ROWS;
-    } else {
-        for (; e->finished < e->before.rows; e->finished++)
-            split_finish_rows(act, add, wide, 1, e);
-    }
-}
-
-#define FB_FINISH(name, act, add)                                                                                      \
-    static void name##_2(split_errand *e) { split_finish(act, add, 2, e); }                                            \
-    static void name##_4(split_errand *e) { split_finish(act, add, 4, e); }
-FB_FINISH(split_plain, FB_ACT_NONE, 0)
-FB_FINISH(split_add, FB_ACT_NONE, 1)
-FB_FINISH(split_gelu, FB_ACT_GELU, 0)
-FB_FINISH(split_any, e->act, e->before.residual != NULL)
-#undef FB_FINISH
-
-static void (*split_choose_finish(const fb_epilogue *epilogue, ptrdiff_t wide))(split_errand *e)
-{
-    const int add = epilogue->residual != NULL;
-    if (epilogue->act == FB_ACT_NONE)
-        return add ? (wide == 2 ? split_add_2 : split_add_4) : (wide == 2 ? split_plain_2 : split_plain_4);
-    if (epilogue->act == FB_ACT_GELU && !add)
-        return wide == 2 ? split_gelu_2 : split_gelu_4;
-    return wide == 2 ? split_any_2 : split_any_4;
-}
-
-/* b is the block to finish from now on. */
-static void split_take_over(split_errand *e, const split_block *b)
-{
-    e->before = *b;
-    e->finished = b->done;
-    e->finish = b->last_panel ? e->finish_last : e->wide == 2 ? split_plain_2 : split_plain_4;
-    for (ptrdiff_t j = 0; j < e->wide; j++) {
-        e->used[j] = j < b->strips ? v_mask(j == b->strips - 1 ? b->last_columns : 16) : 0;
-        e->added[j] = b->first_panel ? 0 : e->used[j];
-        e->bias[j] = b->last_panel && b->bias ? _mm512_maskz_loadu_ps(e->used[j], b->bias + j * 16) : v_set1(0.0f);
-    }
-}
-
-static inline void split_run_errand(split_errand *e)
-{
-    for (ptrdiff_t i = 0; i < e->share && e->finished < e->before.rows; i++)
-        e->finish(e);
+    const ptrdiff_t end = b->rows - row < share ? b->rows : row + share;
+    for (; row + SPLIT_FEW_ROWS <= end; row += SPLIT_FEW_ROWS)
+        split_finish_rows(act, add, wide, SPLIT_FEW_ROWS, e, b, row);
+    for (; row < end; row++)
+        split_finish_rows(act, add, wide, 1, e, b, row);
+    return row;
 }
 
 /* 32 steps of k, all products but that of the first parts, small ones first. Sums in tiles 0 1 over 2 3, A in 4 over 5, W
  * in 6 7; the second strip is the first again where there is but one. */
-static inline __attribute__((always_inline)) void split_small_2x2(const int first, const split_block *b, const char *a,
-                                                                  const char *w, split_errand *e)
+static inline __attribute__((always_inline)) void split_small_2x2(const int first, ptrdiff_t strips, const char *a,
+                                                                  const char *w, split_work *e)
 {
     const ptrdiff_t row_bytes = 2 * 64;
-    float *const lower_sums = e->sums + e->before.upper * 32;
-    const char *const lower = a + b->upper * SPLIT_LDA, *const w1 = w + (b->strips > 1 ? b->strip_bytes : 0);
+    float *const lower_sums = e->sums + e->upper * 32;
+    const char *const lower = a + e->upper * SPLIT_LDA, *const w1 = w + (strips > 1 ? e->strip_bytes : 0);
     for (ptrdiff_t line = e->ahead_begin; line < e->ahead_end; line += 64) {
         __builtin_prefetch(w + e->ahead + line, 0, 2);
         __builtin_prefetch(w1 + e->ahead + line, 0, 2);
@@ -258,150 +227,172 @@ static inline __attribute__((always_inline)) void split_small_2x2(const int firs
 }
 
 /* The product of the first parts. */
-static inline __attribute__((always_inline)) void split_large_2x2(const split_block *b, const char *a, const char *w)
+static inline __attribute__((always_inline)) void split_large_2x2(ptrdiff_t strips, const char *a, const char *w,
+                                                                  const split_work *e)
 {
     _tile_loadd(4, a, SPLIT_LDA);
     _tile_loadd(6, w, 64);
     _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, w + (b->strips > 1 ? b->strip_bytes : 0), 64);
+    _tile_loadd(7, w + (strips > 1 ? e->strip_bytes : 0), 64);
     _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, a + b->upper * SPLIT_LDA, SPLIT_LDA);
+    _tile_loadd(5, a + e->upper * SPLIT_LDA, SPLIT_LDA);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
 }
 
 /* Products of the rows in tile 4 by one part of up to four strips; sums in 0 1 2 3, W in 5 6 7 5. */
-static inline __attribute__((always_inline)) void split_row(const int first, const split_block *b, const char *w,
-                                                            split_errand *e)
+static inline __attribute__((always_inline)) void split_row(const int first, ptrdiff_t strips, const char *w,
+                                                            split_work *e)
 {
-    const ptrdiff_t strip_bytes = b->strip_bytes, row_bytes = 4 * 64;
+    const ptrdiff_t strip_bytes = e->strip_bytes, row_bytes = 4 * 64;
     _tile_loadd(5, w, 64);
     if (first)
         FB_TURN_OVER(0, e->sums);
     _tile_dpbf16ps(0, 4, 5);
-    if (b->strips > 1)
+    if (strips > 1)
         _tile_loadd(6, w + strip_bytes, 64);
     if (first)
         FB_TURN_OVER(1, e->sums + 16);
-    if (b->strips > 1)
+    if (strips > 1)
         _tile_dpbf16ps(1, 4, 6);
-    if (b->strips > 2)
+    if (strips > 2)
         _tile_loadd(7, w + 2 * strip_bytes, 64);
     if (first)
         FB_TURN_OVER(2, e->sums + 32);
-    if (b->strips > 2)
+    if (strips > 2)
         _tile_dpbf16ps(2, 4, 7);
-    if (b->strips > 3)
+    if (strips > 3)
         _tile_loadd(5, w + 3 * strip_bytes, 64);
     if (first)
         FB_TURN_OVER(3, e->sums + 48);
-    if (b->strips > 3)
+    if (strips > 3)
         _tile_dpbf16ps(3, 4, 5);
 }
 
 /* As split_small_2x2. */
-static inline __attribute__((always_inline)) void split_small_1x4(const int first, const split_block *b, const char *a,
-                                                                  const char *w, split_errand *e)
+static inline __attribute__((always_inline)) void split_small_1x4(const int first, ptrdiff_t strips, const char *a,
+                                                                  const char *w, split_work *e)
 {
     _tile_loadd(4, a, SPLIT_LDA);
-    split_row(first, b, w + 2 * SPLIT_TILE, e);
-    split_row(0, b, w + SPLIT_TILE, e);
+    split_row(first, strips, w + 2 * SPLIT_TILE, e);
+    split_row(0, strips, w + SPLIT_TILE, e);
     _tile_loadd(4, a + 64, SPLIT_LDA);
-    split_row(0, b, w + SPLIT_TILE, e);
-    split_row(0, b, w, e);
+    split_row(0, strips, w + SPLIT_TILE, e);
+    split_row(0, strips, w, e);
     _tile_loadd(4, a + 128, SPLIT_LDA);
-    split_row(0, b, w, e);
+    split_row(0, strips, w, e);
 }
 
-/* The sums of b are made in the tiles, and those of the block before finished. */
-static inline __attribute__((always_inline)) void split_multiply(const int wide, const split_block *b, split_errand *e)
+/* The sums of a block of so many strips are made in the tiles, and those of the block before finished. */
+static inline __attribute__((always_inline)) void split_multiply(const fb_act act, const int add, const int wide,
+                                                                 ptrdiff_t strips, const char *a, const char *w,
+                                                                 split_work *e, const split_block *before)
 {
-    const char *a = b->a, *w = b->w;
-    for (ptrdiff_t s = 0; s < b->steps; s++, a += SPLIT_PARTS * 64, w += SPLIT_PARTS * SPLIT_TILE) {
+    const ptrdiff_t a_bytes = SPLIT_PARTS * 64, w_bytes = SPLIT_PARTS * SPLIT_TILE, steps = e->steps;
+    const ptrdiff_t share = steps ? (e->rows + steps - 1) / steps : 0;
+    const ptrdiff_t few = (share + SPLIT_FEW_ROWS - 1) / SPLIT_FEW_ROWS * SPLIT_FEW_ROWS;
+    ptrdiff_t row = before->done;
+    for (ptrdiff_t s = 0; s < steps; s++) {
         if (wide == 2)
-            s == 0 ? split_small_2x2(1, b, a, w, e) : split_small_2x2(0, b, a, w, e);
+            s == 0 ? split_small_2x2(1, strips, a, w, e)
+                   : split_small_2x2(0, strips, a + s * a_bytes, w + s * w_bytes, e);
         else
-            s == 0 ? split_small_1x4(1, b, a, w, e) : split_small_1x4(0, b, a, w, e);
-        split_run_errand(e);
+            s == 0 ? split_small_1x4(1, strips, a, w, e)
+                   : split_small_1x4(0, strips, a + s * a_bytes, w + s * w_bytes, e);
+        row = split_finish(act, add, wide, few, e, before, row);
     }
-    while (e->finished < e->before.rows)
-        e->finish(e);
-    a = b->a;
-    w = b->w;
-    for (ptrdiff_t s = 0; s < b->steps; s++, a += SPLIT_PARTS * 64, w += SPLIT_PARTS * SPLIT_TILE)
+    split_finish(act, add, wide, before->rows, e, before, row);
+    for (ptrdiff_t s = 0; s < steps; s++, a += a_bytes, w += w_bytes)
         if (wide == 2) {
-            split_large_2x2(b, a, w);
+            split_large_2x2(strips, a, w, e);
         } else {
             _tile_loadd(4, a, SPLIT_LDA);
-            split_row(0, b, w, e);
+            split_row(0, strips, w, e);
         }
 }
 
-/* As gemm_split, for up to SPLIT_ROWS rows. */
+/* A panel: w its first strip, a the split rows. */
+static inline __attribute__((always_inline)) void split_run(const fb_act act, const int add, const int wide,
+                                                            ptrdiff_t m, ptrdiff_t n, const char *a, const char *w,
+                                                            const fb_epilogue *epilogue, float *c, split_work *e)
+{
+    const ptrdiff_t groups = (m + e->rows - 1) / e->rows, strips = (n + 15) / 16, row_bytes = wide * 64;
+    const ptrdiff_t lines = SPLIT_PARTS * SPLIT_TILE / 64, panel_bytes = SPLIT_STEPS * SPLIT_PARTS * SPLIT_TILE;
+    split_columns columns[2][4]; /* of these strips, and of those before */
+    split_block before = {.rows = 0};
+    for (ptrdiff_t s = 0, turn = 0; s < strips; s += wide, turn = !turn) {
+        const ptrdiff_t column = s * 16, nv = strips - s < wide ? strips - s : wide;
+        split_read_columns(wide, nv, n - column, e->first_panel, epilogue->bias ? epilogue->bias + column : NULL,
+                           columns[turn]);
+        e->ahead = s + wide < strips ? wide * e->strip_bytes : panel_bytes - s * e->strip_bytes;
+        for (ptrdiff_t g = 0; g < groups; g++) {
+            const ptrdiff_t row = g < groups - 1 ? g * e->rows : m - e->rows;
+            e->ahead_begin = lines * g / groups * 64;
+            e->ahead_end = lines * (g + 1) / groups * 64;
+            split_multiply(act, add, wide, nv, a + row * SPLIT_LDA, w + s * e->strip_bytes, e, &before);
+            before = (split_block){.rows = e->rows,
+                                   .done = g * e->rows - row,
+                                   .columns = columns[turn],
+                                   .residual = add ? epilogue->residual + row * e->ldr + column : NULL,
+                                   .c = c + row * e->ldc + column};
+        }
+    }
+    float *const lower_left = e->sums + (wide == 2 ? e->upper * 32 : 32);
+    _tile_stored(0, e->sums, row_bytes);
+    _tile_stored(1, e->sums + 16, row_bytes);
+    _tile_stored(2, lower_left, row_bytes);
+    _tile_stored(3, lower_left + 16, row_bytes);
+    split_finish(act, add, wide, before.rows, e, &before, before.done);
+}
+
+#define FB_RUN(name, act, add)                                                                                         \
+    static void name(ptrdiff_t m, ptrdiff_t n, const char *a, const char *w, const fb_epilogue *epilogue, float *c,    \
+                     split_work *e)                                                                                    \
+    {                                                                                                                  \
+        if (e->rows > 16)                                                                                              \
+            split_run(act, add, 2, m, n, a, w, epilogue, c, e);                                                        \
+        else                                                                                                           \
+            split_run(act, add, 4, m, n, a, w, epilogue, c, e);                                                        \
+    }
+FB_RUN(split_run_plain, FB_ACT_NONE, 0)
+FB_RUN(split_run_add, FB_ACT_NONE, 1)
+FB_RUN(split_run_gelu, FB_ACT_GELU, 0)
+FB_RUN(split_run_any, e->act, epilogue->residual != NULL)
+#undef FB_RUN
+
+/* Up to SPLIT_ROWS rows. */
 static void split_few_rows(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const float *a, ptrdiff_t lda, const char *packed,
                            const fb_epilogue *epilogue, float *c, ptrdiff_t ldc, char *scratch)
 {
-    const ptrdiff_t groups = (m + 31) / 32, rows = (m + groups - 1) / groups, upper = (rows + 1) / 2;
-    const ptrdiff_t strips = (n + 15) / 16, wide = rows > 16 ? 2 : 4, strip_bytes = split_strip_bytes(k);
-    split_errand e;
+    const ptrdiff_t groups = (m + 31) / 32, rows = (m + groups - 1) / groups;
+    const int add = epilogue->residual != NULL;
+    static const fb_epilogue sums_alone = {NULL, FB_ACT_NONE, NULL, 0};
+    split_work e;
+    e.rows = rows;
+    e.upper = (rows + 1) / 2;
+    e.strip_bytes = split_strip_bytes(k);
+    e.ldc = ldc;
+    e.ldr = epilogue->ldr;
+    e.act = epilogue->act;
     if (k == 0)
         memset(e.sums, 0, sizeof e.sums);
-    e.before.rows = e.before.upper = e.finished = 0;
-    e.act = epilogue->act;
-    e.finish_last = split_choose_finish(epilogue, wide);
-    e.wide = wide;
-    configure(rows, upper);
+    configure(rows, e.upper);
     ptrdiff_t p = 0, depth;
     do { /* once where k is 0 */
+        const char *w = packed + p / SPLIT_STEP * (SPLIT_PARTS * SPLIT_TILE);
         depth = k - p < FB_SPLIT_PANEL ? k - p : FB_SPLIT_PANEL;
         split_rows(m, depth, a + p, lda, scratch);
-        const ptrdiff_t steps = (depth + SPLIT_STEP - 1) / SPLIT_STEP;
-        e.share = steps ? ((rows + SPLIT_FEW_ROWS - 1) / SPLIT_FEW_ROWS + steps - 1) / steps : 0;
-        for (ptrdiff_t s = 0; s < strips; s += wide) {
-            const ptrdiff_t column = s * 16, nv = strips - s < wide ? strips - s : wide;
-            for (ptrdiff_t g = 0; g < groups; g++) {
-                const ptrdiff_t i = g < groups - 1 ? g * rows : m - rows;
-                const split_block b = {
-                    .rows = rows,
-                    .strips = nv,
-                    .last_columns = s + nv < strips ? 16 : n - (strips - 1) * 16,
-                    .done = g * rows - i,
-                    .upper = upper,
-                    .first_panel = p == 0,
-                    .last_panel = p + depth == k,
-                    .a = scratch + i * SPLIT_LDA,
-                    .w = packed + s * strip_bytes + p / SPLIT_STEP * (SPLIT_PARTS * SPLIT_TILE),
-                    .strip_bytes = strip_bytes,
-                    .steps = steps,
-                    .bias = epilogue->bias ? epilogue->bias + column : NULL,
-                    .residual = epilogue->residual ? epilogue->residual + i * epilogue->ldr + column : NULL,
-                    .ldr = epilogue->ldr,
-                    .c = c + i * ldc + column,
-                    .ldc = ldc,
-                };
-                const ptrdiff_t lines = SPLIT_PARTS * SPLIT_TILE / 64;
-                e.ahead =
-                    s + wide < strips ? wide * strip_bytes : SPLIT_STEPS * SPLIT_PARTS * SPLIT_TILE - s * strip_bytes;
-                e.ahead_begin = lines * g / groups * 64;
-                e.ahead_end = lines * (g + 1) / groups * 64;
-                if (wide == 2)
-                    split_multiply(2, &b, &e);
-                else
-                    split_multiply(4, &b, &e);
-                split_take_over(&e, &b);
-            }
-        }
+        e.steps = (depth + SPLIT_STEP - 1) / SPLIT_STEP;
+        e.first_panel = p == 0;
         p += depth;
+        if (p < k)
+            split_run_plain(m, n, scratch, w, &sums_alone, c, &e);
+        else if (e.act == FB_ACT_NONE)
+            (add ? split_run_add : split_run_plain)(m, n, scratch, w, epilogue, c, &e);
+        else
+            (e.act == FB_ACT_GELU && !add ? split_run_gelu : split_run_any)(m, n, scratch, w, epilogue, c, &e);
     } while (p < k);
-    const ptrdiff_t row_bytes = wide * 64;
-    float *const lower_left = e.sums + (wide == 2 ? upper * 32 : 32);
-    _tile_stored(0, e.sums, row_bytes);
-    _tile_stored(1, e.sums + 16, row_bytes);
-    _tile_stored(2, lower_left, row_bytes);
-    _tile_stored(3, lower_left + 16, row_bytes);
     _tile_release(); /* see run in amx.c */
-    while (e.finished < rows)
-        e.finish(&e);
 }
 
 static void gemm_split_amx(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const float *a, ptrdiff_t lda, const void *packed,

@@ -47,7 +47,8 @@ cdef extern from "kernels.h" nogil:
     ctypedef struct fb_gemm_split:
         const char *name
         size_t (*packed_bytes)(ptrdiff_t n, ptrdiff_t k) noexcept nogil
-        void (*pack)(ptrdiff_t n, ptrdiff_t k, const float *w, ptrdiff_t ldw, void *packed) noexcept nogil
+        void (*pack)(ptrdiff_t n, ptrdiff_t k, const float *w, ptrdiff_t stride_n, ptrdiff_t stride_k,
+                     void *packed) noexcept nogil
         void (*run)(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const float *a, ptrdiff_t lda, const void *packed,
                     const fb_epilogue *epilogue, float *c, ptrdiff_t ldc, void *scratch) noexcept nogil
     ctypedef struct fb_kernels:
@@ -231,13 +232,13 @@ cdef class KernelSet:
         return self.k.gemm_split.packed_bytes(n, k)
 
     def pack_split(self, const float[:, :] w, unsigned char[::1] packed, Py_ssize_t repeat=1):
-        """Packs w [n][k] into packed [packed_bytes_split(n, k)], 64-byte aligned."""
-        cdef Py_ssize_t n = w.shape[0], k = w.shape[1], _
-        cdef Py_ssize_t ldw = row_stride("w", w, n, k)
+        """Packs w [n][k], one of its two strides 1 element, into packed [packed_bytes_split(n, k)], 64-byte aligned."""
+        cdef Py_ssize_t n = w.shape[0], k = w.shape[1], stride_n, stride_k, _
+        stride_n, stride_k = pack_strides(w)
         check_packed(packed, self.k.gemm_split.packed_bytes(n, k), n, k)
         with nogil:
             for _ in range(repeat):
-                self.k.gemm_split.pack(n, k, &w[0, 0], ldw, &packed[0])
+                self.k.gemm_split.pack(n, k, &w[0, 0], stride_n, stride_k, &packed[0])
 
     def gemm_split(self, const float[:, :] a, const unsigned char[::1] packed, float[:, :] out, scratch,
                    const float[::1] bias=None, str act="none", const float[:, :] residual=None, Py_ssize_t repeat=1):
