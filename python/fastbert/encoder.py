@@ -70,7 +70,7 @@ class _Step(NamedTuple):
     """The results for some texts."""
 
     rows: Floats | list[Floats]  # [texts, dim], or token embeddings [tokens_i, hidden]
-    counts: NDArray[np.int64]
+    counts: NDArray[np.int64] | None  # tokens of whole texts; None where _Plan.count_cut is False
     truncated: NDArray[np.bool_]
 
 
@@ -376,8 +376,8 @@ class Encoder(Pretrained):
         first = 0
         while part := [plan.prompt + text for text in islice(texts, size)]:
             batch = plan.tokenizer.encode_batch(part)
-            counts = batch.offsets[1:] - batch.offsets[:-1]
-            if plan.count_cut and batch.truncated.any():
+            counts = batch.offsets[1:] - batch.offsets[:-1] if plan.count_cut else None
+            if counts is not None and batch.truncated.any():
                 cut = np.flatnonzero(batch.truncated)
                 counts[cut] = plan.tokenizer.count_tokens([part[i] for i in cut])
                 plan.long.report(first + int(cut[0]), plan.tokenizer.max_seq_length, int(counts[cut[0]]))

@@ -7,7 +7,7 @@ import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -187,13 +187,16 @@ class LongTexts:
         self.on_long = "truncate"
 
 
-@contextmanager
-def progress_bar(total: int, shown: bool | None) -> Iterator[Callable[[int], object]]:
+def progress_bar(total: int, shown: bool | None) -> AbstractContextManager[Callable[[int], object]]:
     """Gives a function to be called with the number of texts done. None: shown where the logger says INFO."""
     if logger.isEnabledFor(logging.INFO) if shown is None else shown:
-        from tqdm.auto import tqdm
+        return _shown_bar(total)
+    return nullcontext(lambda texts: None)
 
-        with tqdm(total=total, desc="Texts", unit="text") as bar:
-            yield bar.update
-    else:
-        yield lambda texts: None
+
+@contextmanager
+def _shown_bar(total: int) -> Iterator[Callable[[int], object]]:
+    from tqdm.auto import tqdm
+
+    with tqdm(total=total, desc="Texts", unit="text") as bar:
+        yield bar.update

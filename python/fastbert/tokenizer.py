@@ -12,7 +12,7 @@ import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -75,13 +75,14 @@ def to_batch(parts: Sequence[Tokens]) -> TokenBatch:
 
 
 def _ragged(ids: list[list[int]], type_ids: list[list[int]] | None, truncated: list[bool]) -> TokenBatch:
-    offsets = np.array([0, *accumulate(map(len, ids))], np.int64)
-    types = np.zeros(offsets[-1], np.int32) if type_ids is None else _flat(type_ids)
-    return TokenBatch(_flat(ids), types, offsets, np.array(truncated, np.bool_))
+    bounds = [0, *accumulate(map(len, ids))]
+    tokens = bounds[-1]
+    types = np.zeros(tokens, np.int32) if type_ids is None else _flat(type_ids, tokens)
+    return TokenBatch(_flat(ids, tokens), types, np.array(bounds, np.int64), np.array(truncated, np.bool_))
 
 
-def _flat(rows: list[list[int]]) -> NDArray[np.int32]:
-    return np.array([token for row in rows for token in row], np.int32)
+def _flat(rows: list[list[int]], tokens: int) -> NDArray[np.int32]:
+    return np.fromiter(chain.from_iterable(rows), np.int32, tokens)
 
 
 class Tokenizer:
