@@ -106,8 +106,8 @@ class Encoder(Pretrained):
         False lets "fp32" use faster arithmetic of the same accuracy where the CPU has it, to bits that other CPUs do
         not have: on AMX-BF16 the linear layers, and attention from 128 tokens on, multiply each number as a sum of
         three bfloat16. Layers of 768 are 1.07 times as fast for 64 tokens in a batch and 1.36 times for 128, but half
-        as fast for 16 and fewer, and where another program uses the same core's AMX. Without effect on other CPUs and
-        on "int8".
+        as fast for 16 and fewer, and no faster while another program uses the AMX of the same core. Without effect on
+        other CPUs and on "int8".
     threads : int, optional
         Threads per call, at least 1; more than the CPUs that the caller may run on count as those. Default:
         `fastbert.get_num_threads()` at the time of the call.
