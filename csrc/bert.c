@@ -173,6 +173,7 @@ static fb_format attention_format(const fb_model *m, ptrdiff_t seq)
 
 /* What one head of a sequence needs at a time. */
 typedef struct head_scratch {
+    fb_format format;
     char *keys, *values; /* packed */
     float *scores;       /* [block][ld_scores], block = score_rows(seq) */
     uint8_t *bytes; /* integer attention: [block][ld_bytes], a block of queries, then its probabilities, quantised; */
@@ -189,7 +190,8 @@ static head_scratch head_scratch_at(const fb_model *m, ptrdiff_t seq, char *at)
     const fb_format format = attention_format(m, seq);
     const int int8 = format == FB_FORMAT_S8;
     const size_t block = (size_t)score_rows(seq), lines = (block * sizeof(float) + 63) / 64 * 64;
-    head_scratch s = {.ld_scores = leading(seq), .ld_bytes = fb_k8(seq > head_dim ? seq : head_dim) + 64};
+    head_scratch s = {
+        .format = format, .ld_scores = leading(seq), .ld_bytes = fb_k8(seq > head_dim ? seq : head_dim) + 64};
     const size_t values = fb_packed_bytes(&m->kernels, format, seq, head_dim);
     const size_t scores = values + fb_packed_bytes(&m->kernels, format, head_dim, seq);
     const size_t bytes = scores + block * (size_t)s.ld_scores * sizeof(float);
@@ -491,17 +493,16 @@ static void attend_f32(const micro_batch *b, ptrdiff_t seq, ptrdiff_t queries, c
                        const head_scratch *s, float *context)
 {
     const fb_model *m = b->model;
-    const fb_format format = attention_format(m, seq);
     const fb_epilogue plain = {NULL, FB_ACT_NONE, NULL, 0};
     const ptrdiff_t hidden = m->config.hidden_size, head_dim = hidden / m->config.num_attention_heads;
     const ptrdiff_t block = score_rows(seq);
-    fb_pack_f32(&m->kernels, format, seq, head_dim, q + head_dim, ldq, 1, s->keys);
-    fb_pack_f32(&m->kernels, format, head_dim, seq, q + 2 * head_dim, 1, ldq, s->values);
+    fb_pack_f32(&m->kernels, s->format, seq, head_dim, q + head_dim, ldq, 1, s->keys);
+    fb_pack_f32(&m->kernels, s->format, head_dim, seq, q + 2 * head_dim, 1, ldq, s->values);
     for (ptrdiff_t i = 0; i < queries; i += block) {
         const ptrdiff_t rows = queries - i < block ? queries - i : block;
-        multiply_f32(b, format, rows, seq, head_dim, q + i * ldq, ldq, s->keys, &plain, s->scores, s->ld_scores);
+        multiply_f32(b, s->format, rows, seq, head_dim, q + i * ldq, ldq, s->keys, &plain, s->scores, s->ld_scores);
         m->kernels.softmax_f32(rows, seq, 1.0f / sqrtf((float)head_dim), s->scores, s->ld_scores);
-        multiply_f32(b, format, rows, head_dim, seq, s->scores, s->ld_scores, s->values, &plain,
+        multiply_f32(b, s->format, rows, head_dim, seq, s->scores, s->ld_scores, s->values, &plain,
                      context + i * m->ld_hidden, m->ld_hidden);
     }
 }
@@ -567,8 +568,7 @@ static void attention(const micro_batch *b, const fb_linear *qkv)
                          q, ldq);
             }
             float *context = ws->context + out * m->ld_hidden + head * head_dim;
-            const int int8 = attention_format(m, seq) == FB_FORMAT_S8;
-            (int8 ? attend_s8 : attend_f32)(b, seq, queries, q, ldq, &parts, context);
+            (parts.format == FB_FORMAT_S8 ? attend_s8 : attend_f32)(b, seq, queries, q, ldq, &parts, context);
         }
         if (b->narrow && b->team->rank == 0)
             memmove(ws->x + out * m->ld_hidden, ws->x + first * m->ld_hidden, (size_t)hidden * sizeof(float));

@@ -85,8 +85,8 @@ typedef struct fb_gemm_split {
     const char *name;
     uint32_t needs; /* FB_CPU_*, beyond those of the kernel set that brings it */
     size_t (*packed_bytes)(ptrdiff_t n, ptrdiff_t k);
-    void (*pack)(ptrdiff_t n, ptrdiff_t k, const float *w, ptrdiff_t stride_n, ptrdiff_t stride_k,
-                 void *packed); /* strides as in fb_gemm_f32 */
+    /* Strides as in fb_gemm_f32. */
+    void (*pack)(ptrdiff_t n, ptrdiff_t k, const float *w, ptrdiff_t stride_n, ptrdiff_t stride_k, void *packed);
     void (*run)(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const float *a, ptrdiff_t lda, const void *packed,
                 const fb_epilogue *epilogue, float *c, ptrdiff_t ldc, void *scratch);
 } fb_gemm_split;

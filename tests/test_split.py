@@ -16,7 +16,19 @@ from tests import models, reference
 from tests.cases import GemmF32, GemmSplit, Linear, Operands, aligned, expect, seeded
 from tests.test_amx import EmulatedAmx, amx  # noqa: F401 (a fixture)
 from tests.test_bert import SHAPES, forward
-from tests.test_kernels import EXTREMES, LAYOUTS, Layout, Memory, around, bits, case_id, fused, run, spoiled, unwritten
+from tests.test_kernels import (
+    EXTREMES,
+    LAYOUTS,
+    Memory,
+    around,
+    bits,
+    case_id,
+    fused,
+    packed_alike,
+    run,
+    spoiled,
+    unwritten,
+)
 
 HAS_AMX = dict(kernel_sets()).get("amx", False) and KernelSet("amx").gemm_split_name is not None
 needs_amx = pytest.mark.skipif(not HAS_AMX, reason="this CPU, or this build, has no gemm_split")
@@ -105,15 +117,7 @@ def test_any_rows_and_columns(split: KernelSet, case: GemmSplit, seed: int) -> N
 @pytest.mark.parametrize("n", [1, 15, 16, 17, 37, 64])
 @pytest.mark.parametrize("k", [0, 1, 15, 16, 17, 31, 32, 33, 70])
 def test_pack_strides(split: KernelSet, n: int, k: int, seed: int) -> None:
-    """W, W with wide rows and W stored as its transpose are packed alike."""
-    w = np.random.default_rng([seed, n, k]).standard_normal((n, k)).astype(np.float32)
-    wide = Memory(Layout(gap=19))
-    wide_transposed = Memory(Layout(gap=3, offset=1))
-    forms = [w, wide("w", w), np.ascontiguousarray(w.T).T, wide_transposed("w", np.ascontiguousarray(w.T)).T]
-    packed = [aligned("packed", np.full(split.packed_bytes_split(n, k), 0xFF, np.uint8)) for _ in forms]
-    for form, room in zip(forms, packed, strict=True):
-        split.pack_split(form, room)
-    assert len({room.tobytes() for room in packed}) == 1
+    assert packed_alike(split.pack_split, split.packed_bytes_split(n, k), n, k, seed)
 
 
 # ---- the ends of the number line ----

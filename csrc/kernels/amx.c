@@ -82,7 +82,6 @@ typedef struct work {
     ptrdiff_t k, lda;                   /* bytes; k a multiple of FB_K8 */
     ptrdiff_t strip_bytes, ldc, ldr;
     const float *scale_a;
-    fb_act act;
     const int8_t *ahead, *ahead_end; /* W that is fetched next, */
     ptrdiff_t ahead_share;           /* so many bytes with every 64 steps of k: a multiple of 64 */
 } work;
@@ -161,6 +160,42 @@ static const _Alignas(64) int32_t zeros[16];
         _tile_stored(tile, to, row_bytes);                                                                             \
         _tile_loadd(tile, zeros, 0);                                                                                   \
     } while (0)
+
+/* The last block's, laid out as those of blocks before: 32-bit sums [rows][wide * 16]. */
+static inline void store_tiles(const int wide, ptrdiff_t upper, void *sums)
+{
+    const ptrdiff_t row_bytes = wide * 64;
+    char *const left = sums, *const lower_left = left + (wide == 2 ? upper * row_bytes : 2 * 64);
+    _tile_stored(0, left, row_bytes);
+    _tile_stored(1, left + 64, row_bytes);
+    _tile_stored(2, lower_left, row_bytes);
+    _tile_stored(3, lower_left + 64, row_bytes);
+}
+
+/* A function for each kind of epilogue from run(act, add, wide, ...), which is inlined, and one that chooses among them. */
+#define FB_RUN(run, kind, act, add, type_a, type_w, work)                                                              \
+    static void run##_##kind(ptrdiff_t m, ptrdiff_t n, const type_a *a, const type_w *w, const fb_epilogue *epilogue,  \
+                             float *c, work *e)                                                                        \
+    {                                                                                                                  \
+        if (e->rows > 16)                                                                                              \
+            run(act, add, 2, m, n, a, w, epilogue, c, e);                                                              \
+        else                                                                                                           \
+            run(act, add, 4, m, n, a, w, epilogue, c, e);                                                              \
+    }
+#define FB_RUNS(run, type_a, type_w, work)                                                                             \
+    FB_RUN(run, plain, FB_ACT_NONE, 0, type_a, type_w, work)                                                           \
+    FB_RUN(run, add, FB_ACT_NONE, 1, type_a, type_w, work)                                                             \
+    FB_RUN(run, gelu, FB_ACT_GELU, 0, type_a, type_w, work)                                                            \
+    FB_RUN(run, any, epilogue->act, epilogue->residual != NULL, type_a, type_w, work)                                  \
+    static void run##_chosen(ptrdiff_t m, ptrdiff_t n, const type_a *a, const type_w *w, const fb_epilogue *epilogue,  \
+                             float *c, work *e)                                                                        \
+    {                                                                                                                  \
+        const int add = epilogue->residual != NULL;                                                                    \
+        if (epilogue->act == FB_ACT_NONE)                                                                              \
+            (add ? run##_add : run##_plain)(m, n, a, w, epilogue, c, e);                                               \
+        else                                                                                                           \
+            (epilogue->act == FB_ACT_GELU && !add ? run##_gelu : run##_any)(m, n, a, w, epilogue, c, e);               \
+    }
 
 /* 64 steps of k. Sums in tiles 0 1 over 2 3, A in 4 over 5, W in 6 7. A is loaded as a stream, past the L1 cache: it does not
  * come again before the next strips, while W and C do (M = 128, N = K = 768: 53 % of the rate of products instead of 45). */
@@ -250,7 +285,6 @@ static inline __attribute__((always_inline)) void run(const fb_act act, const in
                                                       const fb_epilogue *epilogue, float *c, work *e)
 {
     const ptrdiff_t groups = (m + e->rows - 1) / e->rows, strips = (n + 15) / 16, steps = e->k > 0 ? e->k / FB_K8 : 1;
-    const ptrdiff_t row_bytes = wide * 64;
     columns columns[2][4]; /* of these strips, and of those before */
     block before = {.rows = 0};
     for (ptrdiff_t s = 0, turn = 0; s < strips; s += wide, turn = !turn) {
@@ -271,29 +305,12 @@ static inline __attribute__((always_inline)) void run(const fb_act act, const in
                              .c = c + row * e->ldc + column};
         }
     }
-    int32_t *const lower_left = e->sums + (wide == 2 ? e->upper * 32 : 32);
-    _tile_stored(0, e->sums, row_bytes);
-    _tile_stored(1, e->sums + 16, row_bytes);
-    _tile_stored(2, lower_left, row_bytes);
-    _tile_stored(3, lower_left + 16, row_bytes);
+    store_tiles(wide, e->upper, e->sums);
     _tile_release(); /* else the OS saves 8 KB of tiles whenever it switches away from this thread */
     finish(act, add, wide, e, &before, 0);
 }
 
-#define FB_RUN(name, act, add)                                                                                         \
-    static void name(ptrdiff_t m, ptrdiff_t n, const uint8_t *a, const int8_t *packed, const fb_epilogue *epilogue,    \
-                     float *c, work *e)                                                                                \
-    {                                                                                                                  \
-        if (e->rows > 16)                                                                                              \
-            run(act, add, 2, m, n, a, packed, epilogue, c, e);                                                         \
-        else                                                                                                           \
-            run(act, add, 4, m, n, a, packed, epilogue, c, e);                                                         \
-    }
-FB_RUN(run_plain, FB_ACT_NONE, 0)
-FB_RUN(run_add, FB_ACT_NONE, 1)
-FB_RUN(run_gelu, FB_ACT_GELU, 0)
-FB_RUN(run_any, e->act, epilogue->residual != NULL)
-#undef FB_RUN
+FB_RUNS(run, uint8_t, int8_t, work)
 
 /* Up to ROWS_MOST rows. */
 static void gemm_s8_tiles(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const uint8_t *a, ptrdiff_t lda, const float *scale_a,
@@ -309,7 +326,6 @@ static void gemm_s8_tiles(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const uint8_t *
     e.ldc = ldc;
     e.ldr = epilogue->ldr;
     e.scale_a = scale_a;
-    e.act = epilogue->act;
     if (k == 0)
         memset(e.sums, 0, sizeof e.sums);
     for (ptrdiff_t i = 0; i < m; i += 16) {
@@ -317,11 +333,7 @@ static void gemm_s8_tiles(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const uint8_t *
         vi_store(e.minus_zero + i, _mm512_mask_blend_epi16(0xaaaaaaaa, z, vi_shl(z, 23)));
     }
     configure(rows, e.upper);
-    const int add = epilogue->residual != NULL;
-    if (e.act == FB_ACT_NONE)
-        (add ? run_add : run_plain)(m, n, a, packed, epilogue, c, &e);
-    else
-        (e.act == FB_ACT_GELU && !add ? run_gelu : run_any)(m, n, a, packed, epilogue, c, &e);
+    run_chosen(m, n, a, packed, epilogue, c, &e);
 }
 
 enum { FEW_FOR_TILES = 8 };

@@ -104,9 +104,9 @@ typedef struct split_columns {
 typedef struct split_work {
     _Alignas(64) float sums[32 * 32]; /* of the block before: [rows][wide * 16], wide as in split_run */
     ptrdiff_t rows, upper;            /* of a block; of its upper tiles where it has 2x2 */
-    ptrdiff_t steps;                  /* of SPLIT_STEP */
+    ptrdiff_t steps;                  /* of SPLIT_STEP; with each of them */
+    ptrdiff_t share;                  /* so many rows of the block before are finished: a multiple of SPLIT_FEW_ROWS */
     ptrdiff_t strip_bytes, ldc, ldr;
-    fb_act act;
     int first_panel;                  /* C is written, not added to */
     ptrdiff_t ahead;                  /* bytes from a strip to the one to be fetched into the L2 cache meanwhile, */
     ptrdiff_t ahead_begin, ahead_end; /* these bytes of every step; 1x4 tiles fetch nothing: it would cost them time */
@@ -289,8 +289,6 @@ static inline __attribute__((always_inline)) void split_multiply(const fb_act ac
                                                                  split_work *e, const split_block *before)
 {
     const ptrdiff_t a_bytes = SPLIT_PARTS * 64, w_bytes = SPLIT_PARTS * SPLIT_TILE, steps = e->steps;
-    const ptrdiff_t share = steps ? (e->rows + steps - 1) / steps : 0;
-    const ptrdiff_t few = (share + SPLIT_FEW_ROWS - 1) / SPLIT_FEW_ROWS * SPLIT_FEW_ROWS;
     ptrdiff_t row = before->done;
     for (ptrdiff_t s = 0; s < steps; s++) {
         if (wide == 2)
@@ -299,7 +297,7 @@ static inline __attribute__((always_inline)) void split_multiply(const fb_act ac
         else
             s == 0 ? split_small_1x4(1, strips, a, w, e)
                    : split_small_1x4(0, strips, a + s * a_bytes, w + s * w_bytes, e);
-        row = split_finish(act, add, wide, few, e, before, row);
+        row = split_finish(act, add, wide, e->share, e, before, row);
     }
     split_finish(act, add, wide, before->rows, e, before, row);
     for (ptrdiff_t s = 0; s < steps; s++, a += a_bytes, w += w_bytes)
@@ -316,8 +314,9 @@ static inline __attribute__((always_inline)) void split_run(const fb_act act, co
                                                             ptrdiff_t m, ptrdiff_t n, const char *a, const char *w,
                                                             const fb_epilogue *epilogue, float *c, split_work *e)
 {
-    const ptrdiff_t groups = (m + e->rows - 1) / e->rows, strips = (n + 15) / 16, row_bytes = wide * 64;
-    const ptrdiff_t lines = SPLIT_PARTS * SPLIT_TILE / 64, panel_bytes = SPLIT_STEPS * SPLIT_PARTS * SPLIT_TILE;
+    const ptrdiff_t groups = (m + e->rows - 1) / e->rows, strips = (n + 15) / 16;
+    const ptrdiff_t step_bytes = SPLIT_PARTS * SPLIT_TILE, panel_bytes = SPLIT_STEPS * step_bytes;
+    const ptrdiff_t ahead_bytes = (step_bytes / 64 + groups - 1) / groups * 64;
     split_columns columns[2][4]; /* of these strips, and of those before */
     split_block before = {.rows = 0};
     for (ptrdiff_t s = 0, turn = 0; s < strips; s += wide, turn = !turn) {
@@ -327,8 +326,8 @@ static inline __attribute__((always_inline)) void split_run(const fb_act act, co
         e->ahead = s + wide < strips ? wide * e->strip_bytes : panel_bytes - s * e->strip_bytes;
         for (ptrdiff_t g = 0; g < groups; g++) {
             const ptrdiff_t row = g < groups - 1 ? g * e->rows : m - e->rows;
-            e->ahead_begin = lines * g / groups * 64;
-            e->ahead_end = lines * (g + 1) / groups * 64;
+            e->ahead_begin = g * ahead_bytes;
+            e->ahead_end = e->ahead_begin + ahead_bytes < step_bytes ? e->ahead_begin + ahead_bytes : step_bytes;
             split_multiply(act, add, wide, nv, a + row * SPLIT_LDA, w + s * e->strip_bytes, e, &before);
             before = (split_block){.rows = e->rows,
                                    .done = g * e->rows - row,
@@ -337,35 +336,17 @@ static inline __attribute__((always_inline)) void split_run(const fb_act act, co
                                    .c = c + row * e->ldc + column};
         }
     }
-    float *const lower_left = e->sums + (wide == 2 ? e->upper * 32 : 32);
-    _tile_stored(0, e->sums, row_bytes);
-    _tile_stored(1, e->sums + 16, row_bytes);
-    _tile_stored(2, lower_left, row_bytes);
-    _tile_stored(3, lower_left + 16, row_bytes);
+    store_tiles(wide, e->upper, e->sums);
     split_finish(act, add, wide, before.rows, e, &before, before.done);
 }
 
-#define FB_RUN(name, act, add)                                                                                         \
-    static void name(ptrdiff_t m, ptrdiff_t n, const char *a, const char *w, const fb_epilogue *epilogue, float *c,    \
-                     split_work *e)                                                                                    \
-    {                                                                                                                  \
-        if (e->rows > 16)                                                                                              \
-            split_run(act, add, 2, m, n, a, w, epilogue, c, e);                                                        \
-        else                                                                                                           \
-            split_run(act, add, 4, m, n, a, w, epilogue, c, e);                                                        \
-    }
-FB_RUN(split_run_plain, FB_ACT_NONE, 0)
-FB_RUN(split_run_add, FB_ACT_NONE, 1)
-FB_RUN(split_run_gelu, FB_ACT_GELU, 0)
-FB_RUN(split_run_any, e->act, epilogue->residual != NULL)
-#undef FB_RUN
+FB_RUNS(split_run, char, char, split_work)
 
 /* Up to SPLIT_ROWS rows. */
 static void split_few_rows(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const float *a, ptrdiff_t lda, const char *packed,
                            const fb_epilogue *epilogue, float *c, ptrdiff_t ldc, char *scratch)
 {
     const ptrdiff_t groups = (m + 31) / 32, rows = (m + groups - 1) / groups;
-    const int add = epilogue->residual != NULL;
     static const fb_epilogue sums_alone = {NULL, FB_ACT_NONE, NULL, 0};
     split_work e;
     e.rows = rows;
@@ -373,7 +354,6 @@ static void split_few_rows(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const float *a
     e.strip_bytes = split_strip_bytes(k);
     e.ldc = ldc;
     e.ldr = epilogue->ldr;
-    e.act = epilogue->act;
     if (k == 0)
         memset(e.sums, 0, sizeof e.sums);
     configure(rows, e.upper);
@@ -383,14 +363,10 @@ static void split_few_rows(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const float *a
         depth = k - p < FB_SPLIT_PANEL ? k - p : FB_SPLIT_PANEL;
         split_rows(m, depth, a + p, lda, scratch);
         e.steps = (depth + SPLIT_STEP - 1) / SPLIT_STEP;
+        e.share = e.steps ? ((rows + SPLIT_FEW_ROWS - 1) / SPLIT_FEW_ROWS + e.steps - 1) / e.steps * SPLIT_FEW_ROWS : 0;
         e.first_panel = p == 0;
         p += depth;
-        if (p < k)
-            split_run_plain(m, n, scratch, w, &sums_alone, c, &e);
-        else if (e.act == FB_ACT_NONE)
-            (add ? split_run_add : split_run_plain)(m, n, scratch, w, epilogue, c, &e);
-        else
-            (e.act == FB_ACT_GELU && !add ? split_run_gelu : split_run_any)(m, n, scratch, w, epilogue, c, &e);
+        split_run_chosen(m, n, scratch, w, p < k ? &sums_alone : epilogue, c, &e);
     } while (p < k);
     _tile_release(); /* see run in amx.c */
 }
