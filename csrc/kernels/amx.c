@@ -16,9 +16,9 @@
  * computed twice, to the same bits (at most one row in 32). No row is padding.
  *
  * The sums of a block go to memory (L1) with the first products of the next block, and become float32 between its other
- * ones: a product takes 16 cycles and is one instruction. From a tile instruction on, for about 270 of them, 512-bit
- * arithmetic has one port instead of two, so that an activation, which has more of it than the products take, is done half
- * between them and half after them where k is long, and after them where it is short.
+ * ones: a product takes 16 cycles and is one instruction. For some hundred cycles after a tile instruction 512-bit multiply-adds
+ * have one port instead of two (csrc/README.md), so that an activation has more of them than the products take: where k is
+ * long it is done between products, a few rows at a time, where k is short all of it after them.
  *
  * A block runs over k forwards, the next one backwards: of W the tiles used last are still in the L1 cache where k is too
  * long for all of them (K = 1536 and 3072: 0.95 of the time; sums of integers have no order).
@@ -255,15 +255,17 @@ static inline __attribute__((always_inline)) void multiply_1x4(const int first, 
         _tile_dpbusd(3, 4, 5);
 }
 
-/* Bytes of k from which some rows of an activation are done between products, and how many: M = 128, N = 4 K takes 0.93 of the
- * time at K = 384, 0.94 at 512, 0.97 at 768, with 2 or 3 rows 0.93 to 0.97, with 5 more than before; K = 256 1.02. */
-enum { LONG_K = 384, LONG_ROWS = 4 };
+/* Of an activation, LONG_ROWS rows at a time are finished between products from so many bytes of k on. N = 4 K takes 0.93 of the
+ * time at K = 384 and M = 32 to 128, 0.97 at M = 512, 0.93 at K = 512, 0.97 at K = 768, but 1.02 at K = 256; 2 or 4 rows 0.95 to
+ * 1.02 where 3 take 0.93. */
+enum { LONG_K = 384, LONG_ROWS = 3 };
 
 /* The sums of a block of so many strips are made in the tiles, from the last step of k on where `back`; those of the block
- * before are finished. */
-static inline __attribute__((always_inline)) void multiply(const fb_act act, const int add, const int wide,
-                                                           ptrdiff_t strips, const int back, const uint8_t *a,
-                                                           const int8_t *w, work *e, const block *before)
+ * before are finished, `few` rows after each step. few, act, add and wide are constant. */
+static inline __attribute__((always_inline)) void multiply(const int few, const fb_act act, const int add,
+                                                           const int wide, ptrdiff_t strips, const int back,
+                                                           const uint8_t *a, const int8_t *w, work *e,
+                                                           const block *before)
 {
     ptrdiff_t row = 0;
     for (ptrdiff_t p = 0; p < e->k; p += FB_K8) {
@@ -272,13 +274,9 @@ static inline __attribute__((always_inline)) void multiply(const fb_act act, con
             p == 0 ? multiply_2x2(1, strips, a + at, w + at * 16, e) : multiply_2x2(0, strips, a + at, w + at * 16, e);
         else
             p == 0 ? multiply_1x4(1, strips, a + at, w + at * 16, e) : multiply_1x4(0, strips, a + at, w + at * 16, e);
-        if (act == FB_ACT_NONE && p > 0 && row + FEW_ROWS <= before->rows) {
-            finish_rows(act, add, wide, FEW_ROWS, e, before, row);
-            row += FEW_ROWS;
-        }
-        if (act != FB_ACT_NONE && wide == 2 && p > 0 && e->k >= LONG_K && row + LONG_ROWS <= before->rows) {
-            finish_rows(act, add, wide, LONG_ROWS, e, before, row);
-            row += LONG_ROWS;
+        if (few > 0 && p > 0 && row + few <= before->rows) {
+            finish_rows(act, add, wide, few, e, before, row);
+            row += few;
         }
         const int8_t *end = e->ahead_share < e->ahead_end - e->ahead ? e->ahead + e->ahead_share : e->ahead_end;
         for (; e->ahead < end; e->ahead += 64)
@@ -305,7 +303,12 @@ static inline __attribute__((always_inline)) void run(const fb_act act, const in
         e->ahead_share = ((e->ahead_end - e->ahead) / 64 + groups * steps - 1) / (groups * steps) * 64;
         for (ptrdiff_t g = 0; g < groups; g++) {
             const ptrdiff_t row = g < groups - 1 ? g * e->rows : m - e->rows;
-            multiply(act, add, wide, nv, g & 1, a + row * e->lda, strip, e, &before);
+            if (act == FB_ACT_NONE)
+                multiply(FEW_ROWS, act, add, wide, nv, g & 1, a + row * e->lda, strip, e, &before);
+            else if (wide == 2 && e->k >= LONG_K)
+                multiply(LONG_ROWS, act, add, wide, nv, g & 1, a + row * e->lda, strip, e, &before);
+            else
+                multiply(0, act, add, wide, nv, g & 1, a + row * e->lda, strip, e, &before);
             before = (block){.rows = e->rows,
                              .row = row,
                              .columns = columns[turn],
