@@ -255,9 +255,9 @@ static inline __attribute__((always_inline)) void multiply_1x4(const int first, 
         _tile_dpbusd(3, 4, 5);
 }
 
-/* Of an activation, LONG_ROWS rows at a time are finished between products from so many bytes of k on. N = 4 K takes 0.93 of the
- * time at K = 384 and M = 32 to 128, 0.97 at M = 512, 0.93 at K = 512, 0.97 at K = 768, but 1.02 at K = 256; 2 or 4 rows 0.95 to
- * 1.02 where 3 take 0.93. */
+/* From so many bytes of k on, LONG_ROWS rows of an activation are finished after each step. With GELU and N = 4 K that takes, at
+ * M = 32 to 128, 0.93 of the time for K = 384 and 512 and 0.92 to 1.00 for K = 768, with 2 or 4 rows 0.94 to 1.03; for K = 256
+ * it would take more than 1 (2026-11). */
 enum { LONG_K = 384, LONG_ROWS = 3 };
 
 /* The sums of a block of so many strips are made in the tiles, from the last step of k on where `back`; those of the block
@@ -303,7 +303,7 @@ static inline __attribute__((always_inline)) void run(const fb_act act, const in
         e->ahead_share = ((e->ahead_end - e->ahead) / 64 + groups * steps - 1) / (groups * steps) * 64;
         for (ptrdiff_t g = 0; g < groups; g++) {
             const ptrdiff_t row = g < groups - 1 ? g * e->rows : m - e->rows;
-            if (act == FB_ACT_NONE)
+            if (act == FB_ACT_NONE) /* a loop for each: one that asks for k at every step gains nothing */
                 multiply(FEW_ROWS, act, add, wide, nv, g & 1, a + row * e->lda, strip, e, &before);
             else if (wide == 2 && e->k >= LONG_K)
                 multiply(LONG_ROWS, act, add, wide, nv, g & 1, a + row * e->lda, strip, e, &before);
