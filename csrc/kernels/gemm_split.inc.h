@@ -104,8 +104,7 @@ typedef struct split_columns {
 typedef struct split_work {
     _Alignas(64) float sums[32 * 32]; /* of the block before: [rows][wide * 16], wide as in split_run */
     ptrdiff_t rows, upper;            /* of a block; of its upper tiles where it has 2x2 */
-    ptrdiff_t steps;                  /* of SPLIT_STEP; with each of them */
-    ptrdiff_t share;                  /* so many rows of the block before are finished: a multiple of SPLIT_FEW_ROWS */
+    ptrdiff_t steps;                  /* of SPLIT_STEP */
     ptrdiff_t strip_bytes, ldc, ldr;
     int first_panel;                  /* C is written, not added to */
     ptrdiff_t ahead;                  /* bytes from a strip to the one to be fetched into the L2 cache meanwhile, */
@@ -132,7 +131,7 @@ split_read_columns(const int wide, ptrdiff_t strips, ptrdiff_t n, int first_pane
     }
 }
 
-/* n rows of b from `row` on, all but the last three constant; straight code, see finish_rows. */
+/* n rows of b from `row` on, all but the last three constant: straight code, see finish_rows. */
 static inline __attribute__((always_inline)) void split_finish_rows(const fb_act act, const int add, const int wide,
                                                                     const int n, const split_work *e,
                                                                     const split_block *b, ptrdiff_t row)
@@ -158,24 +157,34 @@ static inline __attribute__((always_inline)) void split_finish_rows(const fb_act
     }
 }
 
-/* Rows of b from `row` on, up to a share of all rows; returns the row after them. */
-enum { SPLIT_FEW_ROWS = 4 };
-static inline __attribute__((always_inline)) ptrdiff_t split_finish(const fb_act act, const int add, const int wide,
-                                                                    ptrdiff_t share, const split_work *e,
-                                                                    const split_block *b, ptrdiff_t row)
+/* A few rows of b from `row` on, where so many are left, returning the row after them: done after every four products. */
+enum { SPLIT_FEW_ROWS = 2 };
+static inline __attribute__((always_inline)) ptrdiff_t split_finish_few(const fb_act act, const int add, const int wide,
+                                                                        const split_work *e, const split_block *b,
+                                                                        ptrdiff_t row)
 {
-    const ptrdiff_t end = b->rows - row < share ? b->rows : row + share;
-    for (; row + SPLIT_FEW_ROWS <= end; row += SPLIT_FEW_ROWS)
+    if (row + SPLIT_FEW_ROWS > b->rows)
+        return row;
+    split_finish_rows(act, add, wide, SPLIT_FEW_ROWS, e, b, row);
+    return row + SPLIT_FEW_ROWS;
+}
+
+/* All rows of b that are left, from `row` on. */
+static inline __attribute__((always_inline)) void split_finish(const fb_act act, const int add, const int wide,
+                                                               const split_work *e, const split_block *b, ptrdiff_t row)
+{
+    for (; row + SPLIT_FEW_ROWS <= b->rows; row += SPLIT_FEW_ROWS)
         split_finish_rows(act, add, wide, SPLIT_FEW_ROWS, e, b, row);
-    for (; row < end; row++)
+    if (row < b->rows)
         split_finish_rows(act, add, wide, 1, e, b, row);
-    return row;
 }
 
 /* 32 steps of k, all products but that of the first parts, small ones first. Sums in tiles 0 1 over 2 3, A in 4 over 5, W
  * in 6 7; the second strip is the first again where there is but one. */
-static inline __attribute__((always_inline)) void split_small_2x2(const int first, ptrdiff_t strips, const char *a,
-                                                                  const char *w, split_work *e)
+static inline __attribute__((always_inline)) ptrdiff_t split_small_2x2(const fb_act act, const int add, const int first,
+                                                                       ptrdiff_t strips, const char *a, const char *w,
+                                                                       split_work *e, const split_block *before,
+                                                                       ptrdiff_t row)
 {
     const ptrdiff_t row_bytes = 2 * 64;
     float *const lower_sums = e->sums + e->upper * 32;
@@ -184,7 +193,7 @@ static inline __attribute__((always_inline)) void split_small_2x2(const int firs
         __builtin_prefetch(w + e->ahead + line, 0, 2);
         __builtin_prefetch(w1 + e->ahead + line, 0, 2);
     }
-    _tile_loadd(4, a, SPLIT_LDA);
+    _tile_stream_loadd(4, a, SPLIT_LDA);
     _tile_loadd(6, w + 2 * SPLIT_TILE, 64);
     if (first)
         FB_TURN_OVER(0, e->sums);
@@ -193,49 +202,54 @@ static inline __attribute__((always_inline)) void split_small_2x2(const int firs
     if (first)
         FB_TURN_OVER(1, e->sums + 16);
     _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, lower, SPLIT_LDA);
+    _tile_stream_loadd(5, lower, SPLIT_LDA);
     if (first)
         FB_TURN_OVER(2, lower_sums);
     _tile_dpbf16ps(2, 5, 6);
     if (first)
         FB_TURN_OVER(3, lower_sums + 16);
     _tile_dpbf16ps(3, 5, 7);
+    row = split_finish_few(act, add, 2, e, before, row);
     _tile_loadd(6, w + SPLIT_TILE, 64);
     _tile_dpbf16ps(0, 4, 6);
     _tile_loadd(7, w1 + SPLIT_TILE, 64);
     _tile_dpbf16ps(1, 4, 7);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
-    _tile_loadd(4, a + 64, SPLIT_LDA);
+    row = split_finish_few(act, add, 2, e, before, row);
+    _tile_stream_loadd(4, a + 64, SPLIT_LDA);
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, lower + 64, SPLIT_LDA);
+    _tile_stream_loadd(5, lower + 64, SPLIT_LDA);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
+    row = split_finish_few(act, add, 2, e, before, row);
     _tile_loadd(6, w, 64);
     _tile_dpbf16ps(0, 4, 6);
     _tile_loadd(7, w1, 64);
     _tile_dpbf16ps(1, 4, 7);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
-    _tile_loadd(4, a + 128, SPLIT_LDA);
+    row = split_finish_few(act, add, 2, e, before, row);
+    _tile_stream_loadd(4, a + 128, SPLIT_LDA);
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, lower + 128, SPLIT_LDA);
+    _tile_stream_loadd(5, lower + 128, SPLIT_LDA);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
+    return split_finish_few(act, add, 2, e, before, row);
 }
 
 /* The product of the first parts. */
 static inline __attribute__((always_inline)) void split_large_2x2(ptrdiff_t strips, const char *a, const char *w,
                                                                   const split_work *e)
 {
-    _tile_loadd(4, a, SPLIT_LDA);
+    _tile_stream_loadd(4, a, SPLIT_LDA);
     _tile_loadd(6, w, 64);
     _tile_dpbf16ps(0, 4, 6);
     _tile_loadd(7, w + (strips > 1 ? e->strip_bytes : 0), 64);
     _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, a + e->upper * SPLIT_LDA, SPLIT_LDA);
+    _tile_stream_loadd(5, a + e->upper * SPLIT_LDA, SPLIT_LDA);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
 }
@@ -270,17 +284,24 @@ static inline __attribute__((always_inline)) void split_row(const int first, ptr
 }
 
 /* As split_small_2x2. */
-static inline __attribute__((always_inline)) void split_small_1x4(const int first, ptrdiff_t strips, const char *a,
-                                                                  const char *w, split_work *e)
+static inline __attribute__((always_inline)) ptrdiff_t split_small_1x4(const fb_act act, const int add, const int first,
+                                                                       ptrdiff_t strips, const char *a, const char *w,
+                                                                       split_work *e, const split_block *before,
+                                                                       ptrdiff_t row)
 {
     _tile_loadd(4, a, SPLIT_LDA);
     split_row(first, strips, w + 2 * SPLIT_TILE, e);
+    row = split_finish_few(act, add, 4, e, before, row);
     split_row(0, strips, w + SPLIT_TILE, e);
+    row = split_finish_few(act, add, 4, e, before, row);
     _tile_loadd(4, a + 64, SPLIT_LDA);
     split_row(0, strips, w + SPLIT_TILE, e);
+    row = split_finish_few(act, add, 4, e, before, row);
     split_row(0, strips, w, e);
+    row = split_finish_few(act, add, 4, e, before, row);
     _tile_loadd(4, a + 128, SPLIT_LDA);
     split_row(0, strips, w, e);
+    return split_finish_few(act, add, 4, e, before, row);
 }
 
 /* The sums of a block of so many strips are made in the tiles, and those of the block before finished. */
@@ -291,15 +312,15 @@ static inline __attribute__((always_inline)) void split_multiply(const fb_act ac
     const ptrdiff_t a_bytes = SPLIT_PARTS * 64, w_bytes = SPLIT_PARTS * SPLIT_TILE, steps = e->steps;
     ptrdiff_t row = before->done;
     for (ptrdiff_t s = 0; s < steps; s++) {
+        const char *const a_s = a + s * a_bytes, *const w_s = w + s * w_bytes;
         if (wide == 2)
-            s == 0 ? split_small_2x2(1, strips, a, w, e)
-                   : split_small_2x2(0, strips, a + s * a_bytes, w + s * w_bytes, e);
+            row = s == 0 ? split_small_2x2(act, add, 1, strips, a, w, e, before, row)
+                         : split_small_2x2(act, add, 0, strips, a_s, w_s, e, before, row);
         else
-            s == 0 ? split_small_1x4(1, strips, a, w, e)
-                   : split_small_1x4(0, strips, a + s * a_bytes, w + s * w_bytes, e);
-        row = split_finish(act, add, wide, e->share, e, before, row);
+            row = s == 0 ? split_small_1x4(act, add, 1, strips, a, w, e, before, row)
+                         : split_small_1x4(act, add, 0, strips, a_s, w_s, e, before, row);
     }
-    split_finish(act, add, wide, before->rows, e, before, row);
+    split_finish(act, add, wide, e, before, row);
     for (ptrdiff_t s = 0; s < steps; s++, a += a_bytes, w += w_bytes)
         if (wide == 2) {
             split_large_2x2(strips, a, w, e);
@@ -337,7 +358,7 @@ static inline __attribute__((always_inline)) void split_run(const fb_act act, co
         }
     }
     store_tiles(wide, e->upper, e->sums);
-    split_finish(act, add, wide, before.rows, e, &before, before.done);
+    split_finish(act, add, wide, e, &before, before.done);
 }
 
 FB_RUNS(split_run, char, char, split_work)
@@ -363,7 +384,6 @@ static void split_few_rows(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const float *a
         depth = k - p < FB_SPLIT_PANEL ? k - p : FB_SPLIT_PANEL;
         split_rows(m, depth, a + p, lda, scratch);
         e.steps = (depth + SPLIT_STEP - 1) / SPLIT_STEP;
-        e.share = e.steps ? ((rows + SPLIT_FEW_ROWS - 1) / SPLIT_FEW_ROWS + e.steps - 1) / e.steps * SPLIT_FEW_ROWS : 0;
         e.first_panel = p == 0;
         p += depth;
         split_run_chosen(m, n, scratch, w, p < k ? &sums_alone : epilogue, c, &e);
