@@ -30,7 +30,8 @@ enum {
     BUDGET_MIN = 64,   /* cut finer to give every thread some, but not below this or a thread's share */
     FEW_FLOATS = 6144, /* of a few rows quantised at once: 24 KB */
     SMALL_S8 = 65536,  /* weights in FFN-up: int8 layers with more go uncut, for it takes longer to read them again */
-    QUERY_BLOCK = 64,  /* rows of scores held at once: 64 x 512 floats are 128 KB */
+    QUERY_BLOCK = 64,  /* rows of scores held at once: 64 x 512 floats are 128 KB; */
+    QUERY_BLOCK_SPLIT = 256, /* more where attention is split: each product ends with a block that waits for no other */
     SEQ_S8 = 64, /* int8 models: from so many tokens on attention is integer; below, quantising costs what that saves */
     SEQ_SPLIT = 128,   /* FB_FORMAT_SPLIT: from so many tokens on attention is split; below, splitting costs as much */
     SEQ_BY_HEADS = 64, /* from so many tokens on (by_heads) */
@@ -161,8 +162,6 @@ void fb_get_info(const fb_model *model, fb_info *info)
 
 /* ---- workspace ---- */
 
-static ptrdiff_t score_rows(ptrdiff_t tokens) { return tokens < QUERY_BLOCK ? tokens : QUERY_BLOCK; }
-
 /* How a sequence of so many tokens is attended: a matter of the sequence alone, for its bits may not depend on its batch, and
  * in int8 models not of the kernel set. */
 static fb_format attention_format(const fb_model *m, ptrdiff_t seq)
@@ -175,10 +174,11 @@ static fb_format attention_format(const fb_model *m, ptrdiff_t seq)
 typedef struct head_scratch {
     fb_format format;
     char *keys, *values; /* packed */
-    float *scores;       /* [block][ld_scores], block = score_rows(seq) */
-    uint8_t *bytes; /* integer attention: [block][ld_bytes], a block of queries, then its probabilities, quantised; */
-    float *scale;   /* [block] */
-    int32_t *zero;  /* [block] */
+    float *scores;       /* [block][ld_scores] */
+    uint8_t *bytes;  /* integer attention: [block][ld_bytes], a block of queries, then its probabilities, quantised; */
+    float *scale;    /* [block] */
+    int32_t *zero;   /* [block] */
+    ptrdiff_t block; /* queries at once */
     ptrdiff_t ld_scores, ld_bytes;
     size_t size; /* bytes */
 } head_scratch;
@@ -189,9 +189,12 @@ static head_scratch head_scratch_at(const fb_model *m, ptrdiff_t seq, char *at)
     const ptrdiff_t head_dim = m->config.hidden_size / m->config.num_attention_heads;
     const fb_format format = attention_format(m, seq);
     const int int8 = format == FB_FORMAT_S8;
-    const size_t block = (size_t)score_rows(seq), lines = (block * sizeof(float) + 63) / 64 * 64;
-    head_scratch s = {
-        .format = format, .ld_scores = leading(seq), .ld_bytes = fb_k8(seq > head_dim ? seq : head_dim) + 64};
+    const ptrdiff_t most = format == FB_FORMAT_SPLIT ? QUERY_BLOCK_SPLIT : QUERY_BLOCK;
+    head_scratch s = {.format = format,
+                      .block = seq < most ? seq : most,
+                      .ld_scores = leading(seq),
+                      .ld_bytes = fb_k8(seq > head_dim ? seq : head_dim) + 64};
+    const size_t block = (size_t)s.block, lines = (block * sizeof(float) + 63) / 64 * 64;
     const size_t values = fb_packed_bytes(&m->kernels, format, seq, head_dim);
     const size_t scores = values + fb_packed_bytes(&m->kernels, format, head_dim, seq);
     const size_t bytes = scores + block * (size_t)s.ld_scores * sizeof(float);
@@ -495,7 +498,7 @@ static void attend_f32(const micro_batch *b, ptrdiff_t seq, ptrdiff_t queries, c
     const fb_model *m = b->model;
     const fb_epilogue plain = {NULL, FB_ACT_NONE, NULL, 0};
     const ptrdiff_t hidden = m->config.hidden_size, head_dim = hidden / m->config.num_attention_heads;
-    const ptrdiff_t block = score_rows(seq);
+    const ptrdiff_t block = s->block;
     fb_pack_f32(&m->kernels, s->format, seq, head_dim, q + head_dim, ldq, 1, s->keys);
     fb_pack_f32(&m->kernels, s->format, head_dim, seq, q + 2 * head_dim, 1, ldq, s->values);
     for (ptrdiff_t i = 0; i < queries; i += block) {
@@ -515,7 +518,7 @@ static void attend_s8(const micro_batch *b, ptrdiff_t seq, ptrdiff_t queries, co
     const fb_gemm_s8 *gemm = m->kernels.gemm_s8;
     const fb_epilogue plain = {NULL, FB_ACT_NONE, NULL, 0};
     const ptrdiff_t hidden = m->config.hidden_size, head_dim = hidden / m->config.num_attention_heads;
-    const ptrdiff_t block = score_rows(seq);
+    const ptrdiff_t block = s->block;
     gemm->pack_f32(seq, head_dim, q + head_dim, ldq, 1, s->keys);
     gemm->pack_f32(head_dim, seq, q + 2 * head_dim, 1, ldq, s->values);
     for (ptrdiff_t i = 0; i < queries; i += block) {

@@ -80,7 +80,7 @@ typedef struct fb_gemm_f32 {
  *          rounds to infinity, an element of A or W counts as infinite; a sum with an infinite or NaN factor is NaN.
  * Source   Henry, Tang & Heinecke, arXiv:1904.06376. tdpbf16ps: Intel SDM volume 2B.
  */
-enum { FB_SPLIT_PANEL = 192, FB_SPLIT_SCRATCH = 256 * (FB_SPLIT_PANEL / 32 * 3 + 1) * 64 };
+enum { FB_SPLIT_PANEL = 192, FB_SPLIT_SCRATCH = 512 * (FB_SPLIT_PANEL / 32 * 3 + 1) * 64 };
 typedef struct fb_gemm_split {
     const char *name;
     uint32_t needs; /* FB_CPU_*, beyond those of the kernel set that brings it */

@@ -21,8 +21,9 @@ enum {
     SPLIT_TILE = 1024, /* bytes */
     SPLIT_PARTS = 3,
     SPLIT_STEPS = FB_SPLIT_PANEL / SPLIT_STEP,
-    SPLIT_ROWS = 256,                                /* of A are held split */
-    SPLIT_LDA = (SPLIT_STEPS * SPLIT_PARTS + 1) * 64 /* bytes; an odd number of lines meets all sets of the cache */
+    SPLIT_ROWS = 512,                                 /* of A are held split, */
+    SPLIT_FEW_WEIGHTS = 65536,                        /* half as many where W has no more elements than this */
+    SPLIT_LDA = (SPLIT_STEPS * SPLIT_PARTS + 1) * 64, /* bytes; an odd number of lines meets all sets of the cache */
 };
 _Static_assert(SPLIT_ROWS *SPLIT_LDA <= FB_SPLIT_SCRATCH, "kernels.h promises that it is enough");
 
@@ -394,7 +395,8 @@ static void split_few_rows(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const float *a
 static void gemm_split_amx(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const float *a, ptrdiff_t lda, const void *packed,
                            const fb_epilogue *epilogue, float *c, ptrdiff_t ldc, void *scratch)
 {
-    const ptrdiff_t blocks = n > 0 ? (m + SPLIT_ROWS - 1) / SPLIT_ROWS : 0;
+    const ptrdiff_t most = n * k > SPLIT_FEW_WEIGHTS ? SPLIT_ROWS : SPLIT_ROWS / 2;
+    const ptrdiff_t blocks = n > 0 ? (m + most - 1) / most : 0;
     for (ptrdiff_t b = 0; b < blocks; b++) {
         const ptrdiff_t i = m * b / blocks, end = m * (b + 1) / blocks;
         fb_epilogue e = *epilogue;
