@@ -30,6 +30,31 @@ enum { BYTES = 0 };
 #endif
 enum { CHAINS = 12 };
 
+#if defined(__AMX_INT8__) || defined(__AMX_BF16__) || defined(__AMXBF16__)
+/* Tiles 0 to 3 of zeros for sums, 4 and 5 of bfloat16 of either sign from 1 to 2, or any bytes: products of zeros, which
+ * take less power, would be timed at a higher clock (csrc/README.md). The process must have been permitted tiles
+ * (csrc/cpu.c). */
+static void set_up_tiles(void)
+{
+    static const struct {
+        unsigned char palette, start_row, reserved[14];
+        unsigned short row_bytes[16];
+        unsigned char rows[16];
+    } shapes = {.palette = 1, .row_bytes = {64, 64, 64, 64, 64, 64}, .rows = {16, 16, 16, 16, 16, 16}};
+    unsigned short operands[16 * 32];
+    unsigned random = 1;
+    for (int i = 0; i < 16 * 32; i++) {
+        random = random * 1664525 + 1013904223;
+        operands[i] = (unsigned short)(0x3f80 | (random >> 16 & 0x807f));
+    }
+    /* GCC 12 does not tell its optimiser that a tile is loaded from them. */
+    __asm__ volatile("" : : "r"(operands) : "memory");
+    _tile_loadconfig(&shapes);
+    _tile_loadd(4, operands, 64);
+    _tile_loadd(5, operands, 64);
+}
+#endif
+
 /* float32 multiply-adds. */
 double peak_f32(long steps, float chains[CHAINS])
 {
@@ -49,17 +74,12 @@ double peak_f32(long steps, float chains[CHAINS])
 
 /* Dot products of four unsigned and four signed bytes, added to an int32: vpdpbusd, written out, because GCC 12 copies the
  * chains of the intrinsic from register to register in every step; or on tiles tdpbusd, whose four chains cover its latency
- * (52 cycles, one every 16). The process must have been permitted tiles (csrc/cpu.c). */
+ * (52 cycles, one every 16). */
 double peak_s8(long steps, int chains[CHAINS])
 {
 #if defined(__AMX_INT8__)
-    static const struct {
-        unsigned char palette, start_row, reserved[14];
-        unsigned short row_bytes[16];
-        unsigned char rows[16];
-    } shapes = {.palette = 1, .row_bytes = {64, 64, 64, 64, 64, 64}, .rows = {16, 16, 16, 16, 16, 16}};
     (void)chains;
-    _tile_loadconfig(&shapes);
+    set_up_tiles();
     for (long i = 0; i < steps; i++) {
         _tile_dpbusd(0, 4, 5);
         _tile_dpbusd(1, 4, 5);
@@ -94,12 +114,7 @@ double peak_split(long steps, int chains[CHAINS])
 {
     (void)chains;
 #if defined(__AMX_BF16__) || defined(__AMXBF16__)
-    static const struct {
-        unsigned char palette, start_row, reserved[14];
-        unsigned short row_bytes[16];
-        unsigned char rows[16];
-    } shapes = {.palette = 1, .row_bytes = {64, 64, 64, 64, 64, 64}, .rows = {16, 16, 16, 16, 16, 16}};
-    _tile_loadconfig(&shapes);
+    set_up_tiles();
     for (long i = 0; i < steps; i++) {
         _tile_dpbf16ps(0, 4, 5);
         _tile_dpbf16ps(1, 4, 5);

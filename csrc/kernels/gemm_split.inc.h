@@ -1,9 +1,9 @@
 /* gemm_split.inc.h: gemm_split on AMX-BF16, included by amx.c after epilogue.inc.h and configure().
  *
  * W is split once, at load. Rows of A are split a panel of k at a time into scratch, before the panel is multiplied by all
- * of W. Tiles are shaped as for gemm_s8: 2x2 of them, or 1x4 up to 16 rows. A block's sums are added to C between the
- * products of the next block. With all operands in the L2 cache a 2x2 block of 256 steps takes 3091 cycles, of 128 steps
- * 1571; its products alone are 3072 and 1536 (Sapphire Rapids class Xeon, 2026-11).
+ * of W. Tiles are shaped as for gemm_s8: 2x2 of them, or 1x4 up to 16 rows. Tiles of A pass by the L1 cache, which holds W of
+ * a block, 37 KB. The sums of a block are finished and added to C between the products of the next block, two rows after
+ * every four products: many rows at a time, more seldom, and products wait for them (csrc/README.md).
  *
  * Packed W: strips of 16 columns, k padded with zeros to a multiple of 32; for every 32 steps p of k three tiles of 1 KB,
  * the first, second and third parts, each
