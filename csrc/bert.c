@@ -31,7 +31,7 @@ enum {
     FEW_FLOATS = 6144, /* of a few rows quantised at once: 24 KB */
     SMALL_S8 = 65536,  /* weights in FFN-up: int8 layers with more go uncut, for it takes longer to read them again */
     QUERY_BLOCK = 64,  /* rows of scores held at once: 64 x 512 floats are 128 KB; */
-    QUERY_BLOCK_SPLIT = 256, /* more where attention is split: each product ends with a block that waits for no other */
+    QUERY_BLOCK_SPLIT = 256, /* more where attention is split: products end with a block finished alone */
     SEQ_S8 = 64, /* int8 models: from so many tokens on attention is integer; below, quantising costs what that saves */
     SEQ_SPLIT = 128,   /* FB_FORMAT_SPLIT: from so many tokens on attention is split; below, splitting costs as much */
     SEQ_BY_HEADS = 64, /* from so many tokens on (by_heads) */
