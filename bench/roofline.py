@@ -1,8 +1,8 @@
 """The least time of a forward pass: what the instructions and the memory of this machine allow, by bench/peak.c.
 
-Operations are those of the linear layers at the peak rate of the model's precision, and of attention at float32's.
-Bytes are the weights of the layers, once a batch, read from wherever so many bytes stay (cache or memory). The limit is
-what takes longer of the two.
+Operations are those of linear layers and attention, at the peak rate of the model's precision. Bytes are the weights of
+the layers, once a batch, read from wherever so many bytes stay (cache or memory). The limit is what takes longer of the
+two.
 """
 
 import ctypes
@@ -77,4 +77,4 @@ class Roofline(NamedTuple):
         pairs = sum((b - a) ** 2 for a, b in pairwise(batch.offsets.tolist()))
         attention = 4 * shape["num_hidden_layers"] * shape["hidden_size"] * pairs
         reading = weights(model) * WEIGHT_BYTES[precision] / self.read_bytes[f"{model} {precision}"]
-        return max(linear / self.operations[precision] + attention / self.operations["fp32"], reading)
+        return max((linear + attention) / self.operations[precision], reading)
