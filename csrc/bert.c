@@ -26,11 +26,10 @@
 #include <string.h>
 
 enum {
-    BUDGET = 256,      /* tokens of a micro-batch: weights are read once for so many rows, activations still fit L2 */
-    BUDGET_MIN = 64,   /* cut finer to give every thread some, but not below this or a thread's share */
-    FEW_FLOATS = 6144, /* of a few rows quantised at once: 24 KB */
-    SMALL_S8 = 65536,  /* weights in FFN-up: int8 layers with more go uncut, for it takes longer to read them again */
-    QUERY_BLOCK = 64,  /* rows of scores held at once: 64 x 512 floats are 128 KB; */
+    BUDGET = 256,     /* tokens of a micro-batch: weights are read once for so many rows, activations still fit L2 */
+    BUDGET_MIN = 64,  /* cut finer to give every thread some, but not below this or a thread's share */
+    SMALL_S8 = 65536, /* weights in FFN-up: int8 layers with more go uncut, for it takes longer to read them again */
+    QUERY_BLOCK = 64, /* rows of scores held at once: 64 x 512 floats are 128 KB; */
     QUERY_BLOCK_SPLIT = 256, /* more where attention is split: products end with a block finished alone */
     SEQ_S8 = 64, /* int8 models: from so many tokens on attention is integer; below, quantising costs what that saves */
     SEQ_SPLIT = 128,   /* FB_FORMAT_SPLIT: from so many tokens on attention is split; below, splitting costs as much */
@@ -393,16 +392,13 @@ static void meet_if_columns(const micro_batch *b)
 static void quantize(const micro_batch *b, const float *x, ptrdiff_t k, ptrdiff_t ldx, float *spare)
 {
     const fb_kernels *kernels = &b->model->kernels;
-    const ptrdiff_t ldq = b->model->ld_q, few = k < FEW_FLOATS ? FEW_FLOATS / k : 1;
-    for (ptrdiff_t i = b->row, rows; i < b->rows_end; i += rows) { /* a few at once: they stay in the L1 cache */
-        rows = b->rows_end - i < few ? b->rows_end - i : few;
-        if (spare != NULL)
-            kernels->mix_quantize_u8(rows, k, x + i * ldx, ldx, spare + i * ldx, ldx, b->ws->q + i * ldq, ldq,
-                                     b->ws->q_scale + i, b->ws->q_zero + i);
-        else
-            kernels->quantize_u8(rows, k, x + i * ldx, ldx, b->ws->q + i * ldq, ldq, b->ws->q_scale + i,
-                                 b->ws->q_zero + i);
-    }
+    const workspace *ws = b->ws;
+    const ptrdiff_t ldq = b->model->ld_q, row = b->row, rows = b->rows_end - row;
+    if (spare != NULL)
+        kernels->mix_quantize_u8(rows, k, x + row * ldx, ldx, spare + row * ldx, ldx, ws->q + row * ldq, ldq,
+                                 ws->q_scale + row, ws->q_zero + row);
+    else
+        kernels->quantize_u8(rows, k, x + row * ldx, ldx, ws->q + row * ldq, ldq, ws->q_scale + row, ws->q_zero + row);
     meet_if_columns(b);
 }
 

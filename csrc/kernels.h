@@ -110,12 +110,10 @@ static inline ptrdiff_t fb_k8(ptrdiff_t k) { return (k + FB_K8 - 1) / FB_K8 * FB
  */
 typedef void fb_mix_f32(ptrdiff_t rows, ptrdiff_t n, const float *x, ptrdiff_t ldx, float *y, ptrdiff_t ldy);
 
-static inline float fb_mix_gain(ptrdiff_t n)
+static inline ptrdiff_t fb_mix_gain(ptrdiff_t n)
 {
-    ptrdiff_t gain = 1;
-    while (n > 0 && n % 16 == 0 && gain < 128 && n / 8 % (2 * gain) == 0)
-        gain *= 2;
-    return (float)gain;
+    const ptrdiff_t octets = n / 8, divisor = octets & -octets; /* the largest power of two that divides it */
+    return n < 16 || n % 16 != 0 ? 1 : divisor < 128 ? divisor : 128;
 }
 
 /* quantize_u8: each row as x[j] ~ scale * (q[j] - zero), q in 0 .. 255, 0 represented exactly.

@@ -319,7 +319,7 @@ static fb_linear linear(walk *w, const char *prefix, const char *const *names, i
         fb_pack_f32(kernels, format, n, in, w->staging, in, 1, (void *)r.packed);
         return r;
     }
-    const float gain = mixed ? fb_mix_gain(in) : 1.0f;
+    const float gain = mixed ? (float)fb_mix_gain(in) : 1.0f;
     if (mixed)
         kernels->mix_f32(n, in, w->staging, in, w->staging, in);
     for (ptrdiff_t j = 0; j < n; j++)

@@ -378,8 +378,8 @@ EXTREMES = {
     "huge": [1e38, -3e38, 3.4e38],
     "zero": [0.0, -0.0],
     "infinite": [np.inf, -np.inf],
-    "nan": [np.nan],
-    "mixed": [1e-40, -0.0, 3.4e38, -np.inf, np.nan],
+    "nan": [np.nan, -np.nan],
+    "mixed": [1e-40, -0.0, 3.4e38, -np.inf, -np.nan],
 }
 
 

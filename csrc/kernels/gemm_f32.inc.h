@@ -132,17 +132,34 @@ static inline __attribute__((always_inline)) void finish(const int mr, const int
 }
 
 /* C = residual + act(C) for a finished tile of m rows and n columns, while it is in the L1 cache. */
-static void activate(fb_act act, ptrdiff_t m, ptrdiff_t n, const float *residual, ptrdiff_t ldr, float *c,
-                     ptrdiff_t ldc)
+static inline __attribute__((always_inline)) void activate_columns(const fb_act act, ptrdiff_t columns,
+                                                                   const float *residual, float *c)
 {
-    for (ptrdiff_t i = 0; i < m; i++)
-        for (ptrdiff_t j = 0; j < n; j += 16) {
-            const ptrdiff_t columns = n - j < 16 ? n - j : 16;
-            vf x = v_act(act, load_columns(c + i * ldc + j, columns));
-            if (residual)
-                x = v_add(load_columns(residual + i * ldr + j, columns), x);
-            store_columns(c + i * ldc + j, x, columns);
-        }
+    const vf x = v_act(act, load_columns(c, columns));
+    store_columns(c, residual ? v_add(load_columns(residual, columns), x) : x, columns);
+}
+static inline __attribute__((always_inline)) void
+activate_as(const fb_act act, ptrdiff_t m, ptrdiff_t n, const float *residual, ptrdiff_t ldr, float *c, ptrdiff_t ldc)
+{
+    const ptrdiff_t body = n - n % 16;
+    for (ptrdiff_t i = 0; i < m; i++, c += ldc, residual += residual ? ldr : 0) {
+        for (ptrdiff_t j = 0; j < body; j += 16)
+            activate_columns(act, 16, residual ? residual + j : NULL, c + j);
+        if (body < n)
+            activate_columns(act, n - body, residual ? residual + body : NULL, c + body);
+    }
+}
+static __attribute__((noinline)) void activate(fb_act act, ptrdiff_t m, ptrdiff_t n, const float *residual,
+                                               ptrdiff_t ldr, float *c, ptrdiff_t ldc)
+{
+    switch (act) { /* a loop of its own for each: no branch in it, and constants in registers */
+    case FB_ACT_NONE: break;
+    case FB_ACT_GELU: activate_as(FB_ACT_GELU, m, n, residual, ldr, c, ldc); break;
+    case FB_ACT_GELU_TANH: activate_as(FB_ACT_GELU_TANH, m, n, residual, ldr, c, ldc); break;
+    case FB_ACT_RELU: activate_as(FB_ACT_RELU, m, n, residual, ldr, c, ldc); break;
+    case FB_ACT_SILU: activate_as(FB_ACT_SILU, m, n, residual, ldr, c, ldc); break;
+    case FB_ACT_TANH: activate_as(FB_ACT_TANH, m, n, residual, ldr, c, ldc); break;
+    }
 }
 
 /* mr rows by nv strips over one panel. mr and nv are constants at each call, so acc stays in registers; between two chains
@@ -234,20 +251,24 @@ static void FB_ISA_NAME(gemm_f32)(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const f
     const ptrdiff_t row_groups = (m + FB_GEMM_MR - 1) / FB_GEMM_MR;
     const ptrdiff_t strips = (n + 15) / 16, wide = fb_gemm_strips[(m + row_groups - 1) / row_groups];
     const ptrdiff_t strip_groups = (strips + wide - 1) / wide;
+    const ptrdiff_t rows_each = m / row_groups, rows_left = m % row_groups;
+    const ptrdiff_t strips_each = strips / strip_groups, strips_left = strips % strip_groups;
     const ptrdiff_t longest = m < FB_TURN_ROWS ? 1 : FB_GEMM_TURN;
     fb_tile_args t = {.lda = lda, .strip_floats = k * 16, .ldr = epilogue->ldr, .ldc = ldc};
     for (ptrdiff_t first = 0, turn; first < strip_groups; first += turn) {
         ptrdiff_t p = 0, starts[2 * FB_GEMM_TURN + 1]; /* first strips of the groups of this turn and the next */
         turn = strip_groups - first < longest ? strip_groups - first : longest;
-        for (ptrdiff_t g = 0; g <= 2 * turn; g++)
-            starts[g] = strips * (first + g) / strip_groups;
+        for (ptrdiff_t g = 0; g <= 2 * turn; g++) {
+            const ptrdiff_t group = first + g < strip_groups ? first + g : strip_groups;
+            starts[g] = group * strips_each + (group < strips_left ? group : strips_left);
+        }
         do {
             t.k = k - p < FB_PANEL ? k - p : FB_PANEL;
             t.first_panel = p == 0;
             const int last = p + t.k == k;
             const float *bias = last ? epilogue->bias : NULL, *residual = last ? epilogue->residual : NULL;
-            for (ptrdiff_t h = 0, i = 0, i_end; h < row_groups; h++, i = i_end) {
-                i_end = m * (h + 1) / row_groups;
+            for (ptrdiff_t h = 0, i = 0, mr; h < row_groups; h++, i += mr) {
+                mr = rows_each + (h < rows_left);
                 const ptrdiff_t share = longest > 1 ? t.k * h / row_groups : 0;
                 const ptrdiff_t share_end = longest > 1 ? t.k * (h + 1) / row_groups : 0;
                 const int fetches = longest == 1 && (h < wide || h + 1 == row_groups);
@@ -267,9 +288,9 @@ static void FB_ISA_NAME(gemm_f32)(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const f
                     t.c = c + i * ldc + column;
                     if (longest > 1 && more)
                         ask_for_steps(share, share_end, nv, t.strip + next, k);
-                    tiles[i_end - i][nv][fetch](&t);
+                    tiles[mr][nv][fetch](&t);
                     if (last && acts)
-                        activate(epilogue->act, i_end - i, columns, add, epilogue->ldr, t.c, ldc);
+                        activate(epilogue->act, mr, columns, add, epilogue->ldr, t.c, ldc);
                 }
             }
             p += t.k;

@@ -189,16 +189,14 @@ static void FB_ISA_NAME(s8_pack_f32)(ptrdiff_t n, ptrdiff_t k, const float *w, p
     int8_t *out = packed;
     for (ptrdiff_t j = 0; j < n; j += 16, w += 16 * stride_n, out += s8_strip_bytes(k)) {
         const ptrdiff_t columns = n - j < 16 ? n - j : 16;
-        vf most = zero, bad = zero;
+        vi bits = vi_set1(0); /* of the largest: a NaN or an infinity is beyond all else */
         for (ptrdiff_t p = 0; p < k; p += S8_HELD) {
             const ptrdiff_t steps = k - p < S8_HELD ? k - p : S8_HELD;
             strip_of(columns, steps, w + p * stride_k, stride_n, stride_k, held);
-            for (ptrdiff_t i = 0; i < steps; i++) {
-                const vf x = v_load(held + i * 16);
-                most = v_max(v_abs(x), most);
-                bad = v_fma(x, zero, bad); /* NaN where x is not finite */
-            }
+            for (ptrdiff_t i = 0; i < steps; i++)
+                bits = vi_max(bits, v_bits(v_abs(v_load(held + i * 16))));
         }
+        const vf most = v_of_bits(bits), bad = v_mul(most, zero); /* NaN or 0 */
         const vf step = v_add(v_div(most, v_set1(127.0f)), bad);
         const vf inverse = v_ifgt(least, step, zero, v_div(v_set1(1.0f), step));
         vi sums = vi_set1(0);
@@ -320,32 +318,33 @@ static void s8_rows(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const uint8_t *a, ptr
     const ptrdiff_t row_groups = (m + FB_S8_MR - 1) / FB_S8_MR, strip_bytes = s8_strip_bytes(k);
     const ptrdiff_t strips = (n + 15) / 16, wide = fb_s8_strips[(m + row_groups - 1) / row_groups];
     const ptrdiff_t strip_groups = (strips + wide - 1) / wide;
-    for (ptrdiff_t g = 0; g < strip_groups; g++) {
-        const ptrdiff_t s = strips * g / strip_groups, s_end = strips * (g + 1) / strip_groups, nv = s_end - s;
-        const ptrdiff_t column = s * 16, columns = s_end * 16 <= n ? nv * 16 : n - column;
-        const int more = row_groups > 1 && s_end < strips;
-        for (ptrdiff_t h = 0; h < row_groups; h++) {
-            const ptrdiff_t i = m * h / row_groups, mr = m * (h + 1) / row_groups - i;
-            const float *residual = epilogue->residual ? epilogue->residual + i * epilogue->ldr + column : NULL;
-            const fb_s8_tile_args t = {.k = (k + 31) / 32 * 32,
-                                       .a = a + i * lda,
-                                       .lda = lda,
-                                       .scale_a = scale_a + i,
-                                       .zero = zero + i,
-                                       .strip = (const int8_t *)packed + s * strip_bytes,
-                                       .strip_bytes = strip_bytes,
-                                       .ahead = more && h < nv ? (nv + h) * strip_bytes : 0,
-                                       .bias = epilogue->bias ? epilogue->bias + column : NULL,
-                                       .act = epilogue->act,
-                                       .residual = residual,
-                                       .ldr = epilogue->ldr,
-                                       .last_columns = columns - (nv - 1) * 16,
-                                       .c = c + i * ldc + column,
-                                       .ldc = ldc,
-                                       .prepared = prepared,
-                                       .row = i};
-            const int fetches = h < nv || h + 1 == row_groups || nv * strip_bytes > S8_STAYS;
-            s8_tiles[mr][nv][fetches](&t);
+    const ptrdiff_t rows_each = m / row_groups, rows_left = m % row_groups;
+    const ptrdiff_t strips_each = strips / strip_groups, strips_left = strips % strip_groups;
+    fb_s8_tile_args t = {.k = (k + 31) / 32 * 32,
+                         .lda = lda,
+                         .strip_bytes = strip_bytes,
+                         .act = epilogue->act,
+                         .ldr = epilogue->ldr,
+                         .ldc = ldc,
+                         .prepared = prepared};
+    for (ptrdiff_t g = 0, s = 0, nv; g < strip_groups; g++, s += nv) {
+        nv = strips_each + (g < strips_left);
+        const ptrdiff_t column = s * 16, columns = (s + nv) * 16 <= n ? nv * 16 : n - column;
+        const int more = row_groups > 1 && g + 1 < strip_groups, longer = nv * strip_bytes > S8_STAYS;
+        const float *residual = epilogue->residual ? epilogue->residual + column : NULL;
+        t.strip = (const int8_t *)packed + s * strip_bytes;
+        t.bias = epilogue->bias ? epilogue->bias + column : NULL;
+        t.last_columns = columns - (nv - 1) * 16;
+        for (ptrdiff_t h = 0, i = 0, mr; h < row_groups; h++, i += mr) {
+            mr = rows_each + (h < rows_left);
+            t.a = a + i * lda;
+            t.scale_a = scale_a + i;
+            t.zero = zero + i;
+            t.ahead = more && h < nv ? (nv + h) * strip_bytes : 0;
+            t.residual = residual ? residual + i * epilogue->ldr : NULL;
+            t.c = c + i * ldc + column;
+            t.row = i;
+            s8_tiles[mr][nv][h < nv || h + 1 == row_groups || longer](&t);
         }
     }
 }

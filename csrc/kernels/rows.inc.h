@@ -186,18 +186,17 @@ static inline __attribute__((always_inline)) void butterfly(vf *r, const int n)
         }
 }
 
-/* What quantising needs to know of a row, lane by lane. */
+/* The bits of the largest and the smallest element of a row, lane by lane: as signed integers floats without a sign are in
+ * order, as unsigned ones those with one come after all others, the smallest last. A NaN or an infinity is beyond all else. */
 typedef struct {
-    vf high, low; /* at least 0, at most 0 */
-    vf bad;       /* NaN where an element was not finite, else 0 */
+    vi high, low; /* at least 0, at most -0 */
 } extremes;
 
-static inline extremes nothing_seen(void) { return (extremes){v_set1(0.0f), v_set1(0.0f), v_set1(0.0f)}; }
+static inline extremes nothing_seen(void) { return (extremes){vi_set1(0), vi_set1(INT32_MIN)}; }
 static inline void see(extremes *e, vf v)
 {
-    e->high = v_max(v, e->high);
-    e->low = v_min(v, e->low);
-    e->bad = v_fma(v, v_set1(0.0f), e->bad);
+    e->high = vi_max(e->high, v_bits(v));
+    e->low = vi_max_unsigned(e->low, v_bits(v));
 }
 
 /* One of the two passes over a row of n: butterflies of `radix` vectors `stride` floats apart; `fold`: of their octets, the
@@ -238,15 +237,27 @@ static inline __attribute__((always_inline)) void mix_pass(const int radix, cons
     *seen = e;
 }
 
+/* How rows of n are mixed: in runs of so many floats, and a number for their vectors and whether they are reflected. Found
+ * once for many rows, for it takes divisions. */
+typedef struct {
+    ptrdiff_t n, run, kind;
+} mixing;
+
+enum { REFLECTED = 10 };
+static inline mixing mixing_of(ptrdiff_t n)
+{
+    const ptrdiff_t run = fb_mix_gain(n) * 8, vectors = run / 16;
+    return (mixing){n, run, vectors + (vectors > 0 && n % (3 * run) == 0 ? REFLECTED : 0)};
+}
+
 /* y = M x for one row, and what was seen in y. A butterfly of up to 64 vectors is two of up to 8: neighbours first, then
  * vectors 8 apart. */
-static inline __attribute__((always_inline)) void mix_row(ptrdiff_t n, const float *x, float *y, extremes *seen)
+static inline __attribute__((always_inline)) void mix_row(const mixing *how, const float *x, float *y, extremes *seen)
 {
-    const ptrdiff_t run = (ptrdiff_t)fb_mix_gain(n) * 8, vectors = run / 16, near = 8 * 16;
-    const ptrdiff_t reflected = vectors > 0 && n % (3 * run) == 0 ? 10 : 0;
-    if (vectors > 8)
+    const ptrdiff_t n = how->n, run = how->run, near = 8 * 16;
+    if (run > near)
         mix_pass(8, 1, 1, 0, n, near, 16, x, y, seen);
-    switch (vectors + reflected) {
+    switch (how->kind) {
     case 0:
         for (ptrdiff_t j = 0; j < n; j += 16) {
             const ptrdiff_t lanes = n - j < 16 ? n - j : 16;
@@ -265,21 +276,22 @@ static inline __attribute__((always_inline)) void mix_row(ptrdiff_t n, const flo
     case 16: mix_pass(2, 0, 1, 1, n, run, near, y, y, seen); break;
     case 32: mix_pass(4, 0, 1, 1, n, run, near, y, y, seen); break;
     case 64: mix_pass(8, 0, 1, 1, n, run, near, y, y, seen); break;
-    case 10 + 1: mix_pass(1, 1, 3, 1, n, run, 16, x, y, seen); break;
-    case 10 + 2: mix_pass(2, 1, 3, 1, n, run, 16, x, y, seen); break;
-    case 10 + 4: mix_pass(4, 1, 3, 1, n, run, 16, x, y, seen); break;
-    case 10 + 8: mix_pass(8, 1, 3, 1, n, run, 16, x, y, seen); break;
-    case 10 + 16: mix_pass(2, 0, 3, 1, n, run, near, y, y, seen); break;
-    case 10 + 32: mix_pass(4, 0, 3, 1, n, run, near, y, y, seen); break;
-    case 10 + 64: mix_pass(8, 0, 3, 1, n, run, near, y, y, seen); break;
+    case REFLECTED + 1: mix_pass(1, 1, 3, 1, n, run, 16, x, y, seen); break;
+    case REFLECTED + 2: mix_pass(2, 1, 3, 1, n, run, 16, x, y, seen); break;
+    case REFLECTED + 4: mix_pass(4, 1, 3, 1, n, run, 16, x, y, seen); break;
+    case REFLECTED + 8: mix_pass(8, 1, 3, 1, n, run, 16, x, y, seen); break;
+    case REFLECTED + 16: mix_pass(2, 0, 3, 1, n, run, near, y, y, seen); break;
+    case REFLECTED + 32: mix_pass(4, 0, 3, 1, n, run, near, y, y, seen); break;
+    case REFLECTED + 64: mix_pass(8, 0, 3, 1, n, run, near, y, y, seen); break;
     }
 }
 
 static void FB_ISA_NAME(mix_f32)(ptrdiff_t rows, ptrdiff_t n, const float *x, ptrdiff_t ldx, float *y, ptrdiff_t ldy)
 {
+    const mixing how = mixing_of(n);
     extremes seen = nothing_seen();
     for (ptrdiff_t i = 0; i < rows; i++)
-        mix_row(n, x + i * ldx, y + i * ldy, &seen);
+        mix_row(&how, x + i * ldx, y + i * ldy, &seen);
 }
 
 static void see_row(ptrdiff_t k, const float *x, extremes *seen)
@@ -316,41 +328,56 @@ static void quantize_row(ptrdiff_t k, const float *x, float inverse, int32_t zer
     }
 }
 
-/* Rows in step, one for each lane of what is computed from their extremes: divisions take long, and are awaited once. */
-enum { ROWS_AT_ONCE = 16 };
+/* Rows in step, one for each lane of what is computed from their extremes, or as many as so many floats are, which stay in the
+ * L1 cache: divisions take long. While they are awaited, the rows before are quantised. */
+enum { ROWS_AT_ONCE = 16, QUANTIZE_FLOATS = 3072 };
+
+/* scale, zero and 1 / scale of `count` rows; y = M x where it is not x. */
+static inline __attribute__((always_inline)) void measure_rows(const mixing *how, ptrdiff_t count, ptrdiff_t k,
+                                                               const float *x, ptrdiff_t ldx, float *y, ptrdiff_t ldy,
+                                                               float *scale, int32_t *zero, float *inverse)
+{
+    float hi[ROWS_AT_ONCE] = {0}, minus_lo[ROWS_AT_ONCE] = {0};
+    int32_t zeros[ROWS_AT_ONCE];
+    for (ptrdiff_t i = 0; i < count; i++) {
+        extremes e = nothing_seen();
+        if (how)
+            mix_row(how, x + i * ldx, y + i * ldy, &e);
+        else
+            see_row(k, x + i * ldx, &e);
+        v_largest2(e.high, vi_xor(e.low, vi_set1(INT32_MIN)), hi + i, minus_lo + i);
+    }
+    const vf none = v_set1(0.0f), most = v_set1(255.0f), magic = v_set1(12582912.0f), below = v_set1(0x1.fffffep-121f);
+    const vf bad = v_fma(v_load(hi), none, v_mul(v_load(minus_lo), none)); /* NaN where one is not finite, else 0 */
+    const vf step = v_add(v_add(v_div(v_load(hi), most), v_div(v_load(minus_lo), most)), bad);
+    const vf vinverse = v_ifgt(step, below, v_div(v_set1(1.0f), step), none);
+    v_store_n(scale, v_add(v_ifgt(step, below, step, none), bad), count);
+    v_store(inverse, vinverse);
+    const vf rounded = v_ifgt(step, below, v_add(v_mul(v_load(minus_lo), vinverse), magic), magic);
+    vi_store(zeros, vi_sub(v_bits(rounded), v_bits(magic)));
+    memcpy(zero, zeros, (size_t)count * sizeof *zero);
+}
 
 /* y is quantised: M x where it is not x. */
 static inline __attribute__((always_inline)) void quantize(const int mixed, ptrdiff_t rows, ptrdiff_t k, const float *x,
                                                            ptrdiff_t ldx, float *y, ptrdiff_t ldy, uint8_t *q,
                                                            ptrdiff_t ldq, float *scale, int32_t *zero)
 {
-    for (ptrdiff_t at = 0; at < rows; at += ROWS_AT_ONCE) {
-        const ptrdiff_t count = rows - at < ROWS_AT_ONCE ? rows - at : ROWS_AT_ONCE;
-        float hi[16] = {0}, minus_lo[16] = {0}, nan[16] = {0}, inverse[16];
-        int32_t zeros[16];
-        for (ptrdiff_t i = 0; i < count; i++) {
-            extremes e = nothing_seen();
-            if (mixed)
-                mix_row(k, x + (at + i) * ldx, y + (at + i) * ldy, &e);
-            else
-                see_row(k, x + (at + i) * ldx, &e);
-            v_largest2(e.high, v_sub(v_set1(0.0f), e.low), hi + i, minus_lo + i);
-            nan[i] = v_any_nan(e.bad) ? NAN : 0.0f;
-        }
-        const vf none = v_set1(0.0f), most = v_set1(255.0f), magic = v_set1(12582912.0f),
-                 below = v_set1(0x1.fffffep-121f);
-        const vf vnan = v_load(nan);
-        const vf step = v_add(v_add(v_div(v_load(hi), most), v_div(v_load(minus_lo), most)), vnan);
-        const vf vinverse = v_ifgt(step, below, v_div(v_set1(1.0f), step), none);
-        v_store_n(scale + at, v_add(v_ifgt(step, below, step, none), vnan), count);
-        v_store(inverse, vinverse);
-        const vf rounded = v_ifgt(step, below, v_add(v_mul(v_load(minus_lo), vinverse), magic), magic);
-        vi_store(zeros, vi_sub(v_bits(rounded), v_bits(magic)));
-        for (ptrdiff_t i = 0; i < count; i++) {
-            zero[at + i] = zeros[i];
-            quantize_row(k, mixed ? y + (at + i) * ldy : x + (at + i) * ldx, inverse[i], zero[at + i],
-                         q + (at + i) * ldq);
-        }
+    const float *from = mixed ? y : x;
+    const ptrdiff_t ld = mixed ? ldy : ldx, fit = QUANTIZE_FLOATS / (k > 0 ? k : 1);
+    const ptrdiff_t most = fit < 1 ? 1 : fit < ROWS_AT_ONCE ? fit : ROWS_AT_ONCE;
+    const mixing how = mixing_of(k);
+    float inverse[2][ROWS_AT_ONCE]; /* of the rows measured now, and of those before */
+    ptrdiff_t at = 0, measured = 0;
+    for (int turn = 0; at < rows; turn = !turn) {
+        const ptrdiff_t count = rows - measured < most ? rows - measured : most;
+        if (count > 0)
+            measure_rows(mixed ? &how : NULL, count, k, x + measured * ldx, ldx, mixed ? y + measured * ldy : NULL, ldy,
+                         scale + measured, zero + measured, inverse[turn]);
+        for (ptrdiff_t i = at; i < measured; i++)
+            quantize_row(k, from + i * ld, inverse[!turn][i - at], zero[i], q + i * ldq);
+        at = measured;
+        measured += count;
     }
 }
 

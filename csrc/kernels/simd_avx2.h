@@ -88,17 +88,6 @@ static inline float v_largest(vf a)
     const __m128 x2 = _mm_max_ps(x4, _mm_movehl_ps(x4, x4));
     return _mm_cvtss_f32(_mm_max_ss(x2, _mm_shuffle_ps(x2, x2, 1)));
 }
-static inline void v_largest2(vf a, vf b, float *largest_a, float *largest_b)
-{
-    const __m256 a8 = _mm256_max_ps(a.lo, a.hi), b8 = _mm256_max_ps(b.lo, b.hi);
-    const __m256 x4 =
-        _mm256_max_ps(_mm256_permute2f128_ps(a8, b8, 0x20), _mm256_permute2f128_ps(a8, b8, 0x31)); /* a | b */
-    const __m256 x2 = _mm256_max_ps(x4, _mm256_shuffle_ps(x4, x4, 0x4e));
-    const __m256 x1 = _mm256_max_ps(x2, _mm256_shuffle_ps(x2, x2, 0xb1));
-    *largest_a = _mm256_cvtss_f32(x1);
-    *largest_b = _mm_cvtss_f32(_mm256_extractf128_ps(x1, 1));
-}
-static inline int v_any_nan(vf a) { return _mm256_movemask_ps(_mm256_cmp_ps(a.lo, a.hi, _CMP_UNORD_Q)) != 0; }
 /* One 8x8 quarter: rows r0..r7, three rounds of shuffles (pairs, quads, halves). */
 static inline void v_transpose8(__m256 r[8])
 {
@@ -181,7 +170,23 @@ static inline vrow vi_row(const void *p)
     return _mm256_set1_epi32(four_bytes);
 }
 static inline vi v_bits(vf a) { return FB_BOTH_I(_mm256_castps_si256(a.lo), _mm256_castps_si256(a.hi)); }
+static inline vf v_of_bits(vi a) { return FB_BOTH(_mm256_castsi256_ps(a.lo), _mm256_castsi256_ps(a.hi)); }
 static inline vi vi_add(vi a, vi b) { return FB_BOTH_I(_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)); }
+static inline vi vi_max(vi a, vi b) { return FB_BOTH_I(_mm256_max_epi32(a.lo, b.lo), _mm256_max_epi32(a.hi, b.hi)); }
+static inline vi vi_max_unsigned(vi a, vi b)
+{
+    return FB_BOTH_I(_mm256_max_epu32(a.lo, b.lo), _mm256_max_epu32(a.hi, b.hi));
+}
+static inline void v_largest2(vi a, vi b, float *largest_a, float *largest_b)
+{
+    const __m256i a8 = _mm256_max_epi32(a.lo, a.hi), b8 = _mm256_max_epi32(b.lo, b.hi);
+    const __m256i low = _mm256_permute2x128_si256(a8, b8, 0x20), high = _mm256_permute2x128_si256(a8, b8, 0x31);
+    const __m256i x4 = _mm256_max_epi32(low, high); /* a | b */
+    const __m256i x2 = _mm256_max_epi32(x4, _mm256_shuffle_epi32(x4, 0x4e));
+    const __m256 x1 = _mm256_castsi256_ps(_mm256_max_epi32(x2, _mm256_shuffle_epi32(x2, 0xb1)));
+    *largest_a = _mm256_cvtss_f32(x1);
+    *largest_b = _mm_cvtss_f32(_mm256_extractf128_ps(x1, 1));
+}
 static inline vi vi_shl(vi a, int n) { return FB_BOTH_I(_mm256_slli_epi32(a.lo, n), _mm256_slli_epi32(a.hi, n)); }
 static inline vi vi_xor(vi a, vi b) { return FB_BOTH_I(_mm256_xor_si256(a.lo, b.lo), _mm256_xor_si256(a.hi, b.hi)); }
 static inline void vi_to_u8x64(uint8_t *p, const vi q[4])

@@ -58,16 +58,6 @@ static inline float v_largest(vf a)
     const __m128 x2 = _mm_max_ps(x4, _mm_movehl_ps(x4, x4));
     return _mm_cvtss_f32(_mm_max_ss(x2, _mm_shuffle_ps(x2, x2, 1)));
 }
-static inline void v_largest2(vf a, vf b, float *largest_a, float *largest_b)
-{
-    const __m512 x8 = _mm512_max_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee)); /* a | b */
-    const __m512 x4 = _mm512_max_ps(x8, _mm512_shuffle_f32x4(x8, x8, 0xb1));
-    const __m512 x2 = _mm512_max_ps(x4, _mm512_shuffle_ps(x4, x4, 0x4e));
-    const __m512 x1 = _mm512_max_ps(x2, _mm512_shuffle_ps(x2, x2, 0xb1));
-    *largest_a = _mm512_cvtss_f32(x1);
-    *largest_b = _mm_cvtss_f32(_mm512_extractf32x4_ps(x1, 2));
-}
-static inline int v_any_nan(vf a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q) != 0; }
 /* Four rounds of shuffles: 32-bit pairs, 64-bit pairs, then 128-bit quarters twice. */
 static inline void v_transpose(vf r[16])
 {
@@ -123,7 +113,19 @@ static inline vrow vi_row(const void *p)
     return _mm512_set1_epi32(four_bytes);
 }
 static inline vi v_bits(vf a) { return _mm512_castps_si512(a); }
+static inline vf v_of_bits(vi a) { return _mm512_castsi512_ps(a); }
 static inline vi vi_add(vi a, vi b) { return _mm512_add_epi32(a, b); }
+static inline vi vi_max(vi a, vi b) { return _mm512_max_epi32(a, b); }
+static inline vi vi_max_unsigned(vi a, vi b) { return _mm512_max_epu32(a, b); }
+static inline void v_largest2(vi a, vi b, float *largest_a, float *largest_b)
+{
+    const __m512i x8 = vi_max(_mm512_shuffle_i32x4(a, b, 0x44), _mm512_shuffle_i32x4(a, b, 0xee)); /* a | b */
+    const __m512i x4 = vi_max(x8, _mm512_shuffle_i32x4(x8, x8, 0xb1));
+    const __m512i x2 = vi_max(x4, _mm512_shuffle_epi32(x4, 0x4e));
+    const __m512 x1 = _mm512_castsi512_ps(vi_max(x2, _mm512_shuffle_epi32(x2, 0xb1)));
+    *largest_a = _mm512_cvtss_f32(x1);
+    *largest_b = _mm_cvtss_f32(_mm512_extractf32x4_ps(x1, 2));
+}
 static inline vi vi_shl(vi a, unsigned n) { return _mm512_slli_epi32(a, n); }
 static inline vi vi_xor(vi a, vi b) { return _mm512_xor_si512(a, b); }
 static inline void vi_to_u8x64(uint8_t *p, const vi q[4])

@@ -84,16 +84,6 @@ static inline float v_largest(vf a)
     const float32x4_t x2 = v_max4(x4, vextq_f32(x4, x4, 2));
     return vgetq_lane_f32(v_max4(x2, vextq_f32(x2, x2, 1)), 0);
 }
-static inline void v_largest2(vf a, vf b, float *largest_a, float *largest_b)
-{
-    *largest_a = v_largest(a);
-    *largest_b = v_largest(b);
-}
-static inline int v_any_nan(vf a)
-{
-    const float32x4_t x4 = vaddq_f32(vaddq_f32(a.q[0], a.q[1]), vaddq_f32(a.q[2], a.q[3]));
-    return vminvq_u32(vceqq_f32(x4, x4)) == 0;
-}
 /* Columns c .. c+3 of rows r .. r+3 for the rows c .. c+3 of the result. */
 static inline void v_transpose4(const vf r[4], int c, float32x4_t out[4])
 {
@@ -162,7 +152,22 @@ static inline void vi_store(int32_t *p, vi a)
         vst1q_s32(p + 4 * i, a.q[i]);
 }
 static inline vi v_bits(vf a) { FB_QUARTERS(vi, vreinterpretq_s32_f32(a.q[i])); }
+static inline vf v_of_bits(vi a) { FB_QUARTERS(vf, vreinterpretq_f32_s32(a.q[i])); }
 static inline vi vi_add(vi a, vi b) { FB_QUARTERS(vi, vaddq_s32(a.q[i], b.q[i])); }
+static inline vi vi_max(vi a, vi b) { FB_QUARTERS(vi, vmaxq_s32(a.q[i], b.q[i])); }
+static inline vi vi_max_unsigned(vi a, vi b)
+{
+    FB_QUARTERS(vi, vreinterpretq_s32_u32(vmaxq_u32(vreinterpretq_u32_s32(a.q[i]), vreinterpretq_u32_s32(b.q[i]))));
+}
+static inline void v_largest2(vi a, vi b, float *largest_a, float *largest_b)
+{
+    const int32_t bits[2] = {
+        vmaxvq_s32(vmaxq_s32(vmaxq_s32(a.q[0], a.q[1]), vmaxq_s32(a.q[2], a.q[3]))),
+        vmaxvq_s32(vmaxq_s32(vmaxq_s32(b.q[0], b.q[1]), vmaxq_s32(b.q[2], b.q[3]))),
+    };
+    memcpy(largest_a, bits, sizeof *bits);
+    memcpy(largest_b, bits + 1, sizeof *bits);
+}
 static inline vi vi_shl(vi a, int n) { FB_QUARTERS(vi, vshlq_s32(a.q[i], vdupq_n_s32(n))); }
 static inline vi vi_xor(vi a, vi b) { FB_QUARTERS(vi, veorq_s32(a.q[i], b.q[i])); }
 static inline void vi_to_u8x64(uint8_t *p, const vi q[4])

@@ -6,8 +6,6 @@
  *   v_max(limit, x), v_min      x when the comparison is unordered: a NaN in x stays
  *   v_fma(a, b, c), v_fnma      a * b + c and c - a * b, rounded once
  *   v_sum                       the tree of kernels.h: lane l + lane l+8, then l+4, l+2, l+1
- *   v_largest2                  v_largest of two vectors without NaN
- *   v_any_nan                   whether a lane is NaN, of lanes that are NaN or 0
  *   v_scale2(p, t)              p * 2^i, i = -126 .. 127 the integer that t = x + 1.5 * 2^23 + 127 carries, with 127 added, in its low bits
  *   v_ifgt(a, b, x, y)          a > b ? x : y, lane by lane
  *   v_fold(x)                   lanes l and l + 8: their sum in l, the difference x[l] - x[l + 8] in l + 8
@@ -108,17 +106,6 @@ static inline float v_largest(vf a)
         r = r > a.l[i] ? r : a.l[i];
     return r;
 }
-static inline void v_largest2(vf a, vf b, float *largest_a, float *largest_b)
-{
-    *largest_a = v_largest(a);
-    *largest_b = v_largest(b);
-}
-static inline int v_any_nan(vf a)
-{
-    int any = 0;
-    FB_LANES any |= isnan(a.l[i]) != 0;
-    return any;
-}
 /* r[i] lane j <-> r[j] lane i. */
 static inline void v_transpose(vf r[16])
 {
@@ -137,7 +124,8 @@ static inline void v_transpose(vf r[16])
  *   vi_dot      acc + the four products of each column: r a row's four bytes, w 16 columns by 4 steps of k; r unsigned, w
  *               signed
  *   vi_dot_centred    the same with r signed and w unsigned; only with s8_pairs.inc.h
- *   v_bits      the bits of the lanes; vi_add, vi_sub and vi_shl are modulo 2^32
+ *   v_bits      the bits of the lanes, and v_of_bits the lanes of such bits; vi_add, vi_sub and vi_shl are modulo 2^32
+ *   v_largest2  the largest lane of each of two vectors that hold the bits of floats without a sign
  *   vi_to_u8x64 lanes of four vectors, each 0 .. 255, to 64 bytes
  *   vi_store_zipped   `count` vectors at a time, 2 or 4 of the 4: a lane of each in turn; only for FB_S8_DEPTH 8 and 16
  *   FB_A_SHIFT  vi_dot takes a - FB_A_SHIFT for a
@@ -175,10 +163,34 @@ static inline vi v_bits(vf a)
     memcpy(r.l, a.l, sizeof r.l);
     return r;
 }
+static inline vf v_of_bits(vi a)
+{
+    vf r;
+    memcpy(r.l, a.l, sizeof r.l);
+    return r;
+}
 static inline vi vi_add(vi a, vi b)
 {
     FB_LANES a.l[i] = (int32_t)((uint32_t)a.l[i] + (uint32_t)b.l[i]);
     return a;
+}
+static inline vi vi_max(vi a, vi b)
+{
+    FB_LANES a.l[i] = a.l[i] > b.l[i] ? a.l[i] : b.l[i];
+    return a;
+}
+static inline vi vi_max_unsigned(vi a, vi b)
+{
+    FB_LANES a.l[i] = (uint32_t)a.l[i] > (uint32_t)b.l[i] ? a.l[i] : b.l[i];
+    return a;
+}
+static inline void v_largest2(vi a, vi b, float *largest_a, float *largest_b)
+{
+    int32_t bits[2] = {0, 0};
+    FB_LANES bits[0] = bits[0] > a.l[i] ? bits[0] : a.l[i];
+    FB_LANES bits[1] = bits[1] > b.l[i] ? bits[1] : b.l[i];
+    memcpy(largest_a, bits, sizeof *bits);
+    memcpy(largest_b, bits + 1, sizeof *bits);
 }
 static inline vi vi_shl(vi a, int n)
 {

@@ -21,7 +21,7 @@ cdef extern from "kernels.h" nogil:
     enum: FB_SPLIT_PANEL
     enum: FB_SPLIT_SCRATCH
     ptrdiff_t fb_k8(ptrdiff_t k)
-    float fb_mix_gain(ptrdiff_t n)
+    ptrdiff_t fb_mix_gain(ptrdiff_t n)
     ctypedef struct fb_epilogue:
         const float *bias
         fb_act act
