@@ -73,12 +73,28 @@ static void FB_ISA_NAME(softmax_f32)(ptrdiff_t rows, ptrdiff_t n, float scale, f
 /* softmax_u8 awaits the largest elements of so many rows at once: 1.1 times as fast as row by row. */
 enum { MAXIMA_AT_ONCE = 4 };
 
-/* The lanes' sums start at 1.5 * 2^23, where neighbouring float32 are 1 apart: adding e to one rounds e, and what the bits
- * of the sum grow by is q. */
+/* q of 64 elements, or of the first n where it is fewer, whose sum each lane adds to its own. The sums start at 1.5 * 2^23, where
+ * neighbouring float32 are 1 apart: adding e to one rounds e, and what the bits of the sum grow by is q. */
+static inline __attribute__((always_inline)) vf exp_u8(ptrdiff_t n, const float *x, vf most, vf sum, uint8_t *q)
+{
+    vi bytes[FB_K8 / 16];
+    FB_UNROLL
+    for (ptrdiff_t at = 0; at < FB_K8; at += 16) {
+        bytes[at / 16] = vi_set1(0);
+        if (at >= n)
+            continue;
+        const vf v = at + 16 <= n ? v_load(x + at) : v_load_n(x + at, n - at, -INFINITY);
+        const vf before = sum;
+        sum = v_add(sum, v_exp_255(v_sub(v, most)));
+        bytes[at / 16] = vi_sub(v_bits(sum), v_bits(before));
+    }
+    vi_to_u8x64(q, bytes);
+    return sum;
+}
+
 static void FB_ISA_NAME(softmax_u8)(ptrdiff_t rows, ptrdiff_t n, const float *x, ptrdiff_t ldx, uint8_t *q,
                                     ptrdiff_t ldq, float *scale)
 {
-    const ptrdiff_t body = n - n % 16, tail = n - body;
     const vf start = v_set1(12582912.0f);
     float largest[MAXIMA_AT_ONCE];
     for (ptrdiff_t i = 0; i < rows; i++, x += ldx, q += ldq) {
@@ -86,20 +102,11 @@ static void FB_ISA_NAME(softmax_u8)(ptrdiff_t rows, ptrdiff_t n, const float *x,
             largest[r] = row_largest(n, x + r * ldx);
         const vf most = v_set1(largest[i % MAXIMA_AT_ONCE]);
         vf sum = start;
-        for (ptrdiff_t j = 0; j < n; j += FB_K8) {
-            vi bytes[FB_K8 / 16];
-            FB_UNROLL
-            for (ptrdiff_t at = 0; at < FB_K8; at += 16) {
-                bytes[at / 16] = vi_set1(0);
-                if (j + at >= n)
-                    continue;
-                const vf v = j + at < body ? v_load(x + j + at) : v_load_n(x + body, tail, -INFINITY);
-                const vf before = sum;
-                sum = v_add(sum, v_exp_255(v_sub(v, most)));
-                bytes[at / 16] = vi_sub(v_bits(sum), v_bits(before));
-            }
-            vi_to_u8x64(q + j, bytes);
-        }
+        ptrdiff_t j = 0;
+        for (; j + FB_K8 <= n; j += FB_K8)
+            sum = exp_u8(FB_K8, x + j, most, sum, q + j);
+        if (j < n)
+            sum = exp_u8(n - j, x + j, most, sum, q + j);
         const float total = v_sum(v_sub(sum, start)); /* whole numbers below 2^24: exact */
         if (!(total > 0.0f))
             memset(q, 0, (size_t)fb_k8(n));
