@@ -36,7 +36,7 @@ static inline __attribute__((always_inline)) void softmax_rows(const int m, ptrd
     FB_UNROLL
     for (int i = 0; i < m; i++) {
         float *row = x + i * ldx;
-        vf sum = v_set1(0.0f);
+        vf sum = last[i] = v_set1(0.0f);
         for (ptrdiff_t j = 0; j < body; j += 16) {
             const vf e = v_exp2_times(v_max(lowest, v_sub(v_load(row + j), v_set1(most[i]))), c, low);
             v_store(row + j, e);
