@@ -1,5 +1,13 @@
-/* epilogue.inc.h: what the GEMMs of all types share: how a strip of W is read, and the ends of a tile. Included after
- * activations.inc.h. */
+/* epilogue.inc.h: what the GEMMs of all types share: how rows and strips are divided, how a strip of W is read, and the ends of
+ * a tile. Included after activations.inc.h. */
+
+/* Parts as even as can be, the longer ones first: 13 = 7 + 6. One division for all of them. */
+typedef struct {
+    ptrdiff_t each, left;
+} parts;
+static inline parts parts_of(ptrdiff_t whole, ptrdiff_t count) { return (parts){whole / count, whole % count}; }
+static inline ptrdiff_t part_size(parts p, ptrdiff_t i) { return p.each + (i < p.left); }
+static inline ptrdiff_t part_start(parts p, ptrdiff_t i) { return i * p.each + (i < p.left ? i : p.left); }
 
 static inline vf load_columns(const float *p, ptrdiff_t columns)
 {

@@ -249,26 +249,24 @@ static void FB_ISA_NAME(gemm_f32)(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const f
     const float *w = packed;
     const int acts = epilogue->act != FB_ACT_NONE;
     const ptrdiff_t row_groups = (m + FB_GEMM_MR - 1) / FB_GEMM_MR;
-    const ptrdiff_t strips = (n + 15) / 16, wide = fb_gemm_strips[(m + row_groups - 1) / row_groups];
+    const parts of_rows = parts_of(m, row_groups);
+    const ptrdiff_t strips = (n + 15) / 16, wide = fb_gemm_strips[part_size(of_rows, 0)];
     const ptrdiff_t strip_groups = (strips + wide - 1) / wide;
-    const ptrdiff_t rows_each = m / row_groups, rows_left = m % row_groups;
-    const ptrdiff_t strips_each = strips / strip_groups, strips_left = strips % strip_groups;
+    const parts of_strips = parts_of(strips, strip_groups);
     const ptrdiff_t longest = m < FB_TURN_ROWS ? 1 : FB_GEMM_TURN;
     fb_tile_args t = {.lda = lda, .strip_floats = k * 16, .ldr = epilogue->ldr, .ldc = ldc};
     for (ptrdiff_t first = 0, turn; first < strip_groups; first += turn) {
         ptrdiff_t p = 0, starts[2 * FB_GEMM_TURN + 1]; /* first strips of the groups of this turn and the next */
         turn = strip_groups - first < longest ? strip_groups - first : longest;
-        for (ptrdiff_t g = 0; g <= 2 * turn; g++) {
-            const ptrdiff_t group = first + g < strip_groups ? first + g : strip_groups;
-            starts[g] = group * strips_each + (group < strips_left ? group : strips_left);
-        }
+        for (ptrdiff_t g = 0; g <= 2 * turn; g++)
+            starts[g] = part_start(of_strips, first + g < strip_groups ? first + g : strip_groups);
         do {
             t.k = k - p < FB_PANEL ? k - p : FB_PANEL;
             t.first_panel = p == 0;
             const int last = p + t.k == k;
             const float *bias = last ? epilogue->bias : NULL, *residual = last ? epilogue->residual : NULL;
             for (ptrdiff_t h = 0, i = 0, mr; h < row_groups; h++, i += mr) {
-                mr = rows_each + (h < rows_left);
+                mr = part_size(of_rows, h);
                 const ptrdiff_t share = longest > 1 ? t.k * h / row_groups : 0;
                 const ptrdiff_t share_end = longest > 1 ? t.k * (h + 1) / row_groups : 0;
                 const int fetches = longest == 1 && (h < wide || h + 1 == row_groups);

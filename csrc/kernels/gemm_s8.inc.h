@@ -316,10 +316,10 @@ static void s8_rows(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const uint8_t *a, ptr
                     const s8_prepared *prepared)
 {
     const ptrdiff_t row_groups = (m + FB_S8_MR - 1) / FB_S8_MR, strip_bytes = s8_strip_bytes(k);
-    const ptrdiff_t strips = (n + 15) / 16, wide = fb_s8_strips[(m + row_groups - 1) / row_groups];
+    const parts of_rows = parts_of(m, row_groups);
+    const ptrdiff_t strips = (n + 15) / 16, wide = fb_s8_strips[part_size(of_rows, 0)];
     const ptrdiff_t strip_groups = (strips + wide - 1) / wide;
-    const ptrdiff_t rows_each = m / row_groups, rows_left = m % row_groups;
-    const ptrdiff_t strips_each = strips / strip_groups, strips_left = strips % strip_groups;
+    const parts of_strips = parts_of(strips, strip_groups);
     fb_s8_tile_args t = {.k = (k + 31) / 32 * 32,
                          .lda = lda,
                          .strip_bytes = strip_bytes,
@@ -328,7 +328,7 @@ static void s8_rows(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const uint8_t *a, ptr
                          .ldc = ldc,
                          .prepared = prepared};
     for (ptrdiff_t g = 0, s = 0, nv; g < strip_groups; g++, s += nv) {
-        nv = strips_each + (g < strips_left);
+        nv = part_size(of_strips, g);
         const ptrdiff_t column = s * 16, columns = (s + nv) * 16 <= n ? nv * 16 : n - column;
         const int more = row_groups > 1 && g + 1 < strip_groups, longer = nv * strip_bytes > S8_STAYS;
         const float *residual = epilogue->residual ? epilogue->residual + column : NULL;
@@ -336,7 +336,7 @@ static void s8_rows(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const uint8_t *a, ptr
         t.bias = epilogue->bias ? epilogue->bias + column : NULL;
         t.last_columns = columns - (nv - 1) * 16;
         for (ptrdiff_t h = 0, i = 0, mr; h < row_groups; h++, i += mr) {
-            mr = rows_each + (h < rows_left);
+            mr = part_size(of_rows, h);
             t.a = a + i * lda;
             t.scale_a = scale_a + i;
             t.zero = zero + i;
