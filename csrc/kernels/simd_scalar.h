@@ -122,8 +122,7 @@ static inline void v_transpose(vf r[16])
  *               with zero 0; other lanes are below 2^14, zero is 0 .. 255
  *   vi_row      four bytes of a row of A for all columns
  *   vi_dot      acc + the four products of each column: r a row's four bytes, w 16 columns by 4 steps of k; r unsigned, w
- *               signed
- *   vi_dot_centred    the same with r signed and w unsigned; only with s8_pairs.inc.h
+ *               signed, with s8_pairs.inc.h r signed and w unsigned
  *   v_bits      the bits of the lanes, and v_of_bits the lanes of such bits; vi_add, vi_sub and vi_shl are modulo 2^32
  *   v_largest2  the largest lane of each of two vectors that hold the bits of floats without a sign
  *   vi_to_u8x64 lanes of four vectors, each 0 .. 255, to 64 bytes
