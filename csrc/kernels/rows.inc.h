@@ -312,7 +312,8 @@ static void see_row(ptrdiff_t k, const float *x, extremes *seen)
     *seen = e;
 }
 
-static void quantize_row(ptrdiff_t k, const float *x, float inverse, int32_t zero, uint8_t *q)
+static inline __attribute__((always_inline)) void quantize_row(ptrdiff_t k, const float *x, float inverse, int32_t zero,
+                                                               uint8_t *q)
 {
     const vf vinverse = v_set1(inverse);
     vf v[4];
