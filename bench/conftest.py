@@ -1,6 +1,11 @@
-"""For the suites of pytest-benchmark, test_*.py of this folder: one core, warm runs, medians first."""
+"""For the suites of pytest-benchmark, test_*.py of this folder: as many cores as threads, warm runs, medians first.
+
+One thread, or as many as FASTBERT_NUM_THREADS says.
+"""
 
 from __future__ import annotations
+
+import os
 
 import pytest
 
@@ -15,4 +20,4 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.option.benchmark_sort == "min":  # the default
         config.option.benchmark_sort = "name"
     config.option.benchmark_columns = ["median", "iqr", "rounds"]
-    pin(1)
+    pin(int(os.environ.get("FASTBERT_NUM_THREADS", "1")))

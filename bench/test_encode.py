@@ -10,7 +10,11 @@ from bench.workload import write_folder
 from fastbert import Encoder
 
 SHORT = "the cat and the dog find a way to the water"
-TEXTS = {"one text": SHORT, "64 texts": [f"{SHORT} {'of many people ' * (i % 8)}" for i in range(64)]}
+TEXTS: dict[str, str | list[str]] = {
+    "one text": SHORT,
+    "64 texts": [f"{SHORT} {'of many people ' * (i % 8)}" for i in range(64)],
+}
+TEXTS["1024 texts"] = 16 * TEXTS["64 texts"]  # four steps of encode: with several threads one tokenizes, others run
 
 
 @pytest.fixture(
@@ -22,7 +26,7 @@ def encoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     name, precision = request.param
     folder = tmp_path_factory.mktemp("model")
     write_folder(name, folder)
-    return Encoder(folder, precision=precision, threads=1)
+    return Encoder(folder, precision=precision)
 
 
 @pytest.mark.parametrize("texts", TEXTS)

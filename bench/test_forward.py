@@ -1,4 +1,4 @@
-"""Forward passes of the 24 miniatures and MiniLM, one thread: lengths, batches, a ragged batch; both precisions."""
+"""Forward passes of the 24 miniatures and MiniLM: lengths, batches, a ragged batch; both precisions."""
 
 from __future__ import annotations
 
@@ -30,6 +30,6 @@ def core(request: pytest.FixtureRequest) -> Iterator[_core.Model]:
 def test_forward(core: _core.Model, case: str, benchmark: Any) -> None:
     batch = CASES[case]
     benchmark.group = case
-    benchmark(core.forward, *batch, hidden=True, threads=1)
+    benchmark(core.forward, *batch, hidden=True)
     benchmark.extra_info["tokens/s"] = len(batch.ids) / benchmark.stats.stats.median
     benchmark.extra_info["isa"] = core.isa

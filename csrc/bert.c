@@ -44,7 +44,7 @@ typedef struct workspace {
     float *x, *y;    /* [tokens][ld_hidden]: the residual stream, and the next one being made */
     float *qkv;      /* [tokens][ld_qkv]: of each head its query, key and value; or by_heads, members' own */
     float *context;  /* [tokens][ld_hidden] */
-    float *up;       /* [tokens][ld_intermediate] */
+    float *up;       /* [tokens][ld_intermediate], or where layers are cut a block of rows (rows_at_once) per member */
     uint8_t *q;      /* int8 models: [tokens][ld_q], the input of a linear layer, quantised; */
     float *q_scale;  /* [tokens] */
     int32_t *q_zero; /* [tokens] */
@@ -219,10 +219,19 @@ static size_t attention_bytes(const fb_model *m, ptrdiff_t tokens)
     return size > other ? size : other;
 }
 
+/* Of so many rows those that go through a layer together, from the output of attention on, at most. */
+static ptrdiff_t rows_at_once(const fb_model *m, ptrdiff_t rows)
+{
+    const fb_linear *l = &m->weights.layers[0].intermediate;
+    const int cut = l->format == FB_FORMAT_F32 || (l->format == FB_FORMAT_S8 && l->out * l->in <= SMALL_S8);
+    return cut && m->kernels.row_block < rows ? m->kernels.row_block : rows;
+}
+
 /* Lays a workspace out for so many tokens; with ws == NULL it only adds up. */
 static size_t lay_out(const fb_model *m, ptrdiff_t tokens, ptrdiff_t longest, int team, workspace *ws)
 {
     const size_t row = sizeof(float) * (size_t)tokens;
+    const ptrdiff_t blocks = rows_at_once(m, tokens) * team, up_rows = blocks < tokens ? blocks : tokens;
     const int split = fb_encoder_format(&m->config, &m->kernels) == FB_FORMAT_SPLIT;
     const struct {
         size_t offset_of;
@@ -232,7 +241,7 @@ static size_t lay_out(const fb_model *m, ptrdiff_t tokens, ptrdiff_t longest, in
         {offsetof(workspace, y), row * (size_t)m->ld_hidden},
         {offsetof(workspace, qkv), row * (size_t)m->ld_qkv},
         {offsetof(workspace, context), row * (size_t)m->ld_hidden},
-        {offsetof(workspace, up), row * (size_t)m->ld_intermediate},
+        {offsetof(workspace, up), sizeof(float) * (size_t)(up_rows * m->ld_intermediate)},
         {offsetof(workspace, q), (size_t)(tokens * m->ld_q)},
         {offsetof(workspace, q_scale), m->ld_q ? row : 0},
         {offsetof(workspace, q_zero), m->ld_q ? row : 0},
@@ -594,6 +603,31 @@ static void feed_forward(const micro_batch *b, const fb_layer *l)
     meet_if_columns(b);
 }
 
+/* The same of this member's rows, a block of them after the other: each is a micro-batch with its own rows of x and context
+ * and the member's first ones of all else, which stay in the L2 cache. */
+static void in_blocks(const micro_batch *b, const fb_layer *l)
+{
+    const fb_model *m = b->model;
+    const ptrdiff_t rows = b->rows_end - b->row, most = rows_at_once(m, b->tokens), parts = (rows + most - 1) / most;
+    const ptrdiff_t blocks = most * b->team->rank;
+    workspace ws = *b->ws;
+    micro_batch part = *b;
+    part.ws = &ws;
+    part.row = 0;
+    ws.y += b->row * m->ld_hidden;
+    ws.up += (blocks < b->row ? blocks : b->row) * m->ld_intermediate;
+    ws.q += b->row * m->ld_q;
+    ws.q_scale += b->row;
+    ws.q_zero += b->row;
+    for (ptrdiff_t i = 0; i < parts; i++) {
+        const ptrdiff_t row = b->row + rows * i / parts;
+        ws.x = b->ws->x + row * m->ld_hidden;
+        ws.context = b->ws->context + row * m->ld_hidden;
+        part.rows_end = b->row + rows * (i + 1) / parts - row;
+        feed_forward(&part, l);
+    }
+}
+
 /* narrow: no one asks for more than the first tokens of this layer's result. */
 static void layer(micro_batch *b, const fb_layer *l, int narrow)
 {
@@ -610,16 +644,10 @@ static void layer(micro_batch *b, const fb_layer *l, int narrow)
     fb_barrier(b->team);
     if (narrow)
         share(b, b->size);
-    micro_batch part = *b;
-    const ptrdiff_t rows = b->rows_end - b->row;
-    const int cut = l->intermediate.format == FB_FORMAT_F32 ||
-                    (l->intermediate.format == FB_FORMAT_S8 && l->intermediate.out * l->intermediate.in <= SMALL_S8);
-    const ptrdiff_t block = m->kernels.row_block, parts = b->by_rows && cut ? (rows + block - 1) / block : 1;
-    for (ptrdiff_t i = 0; i < parts; i++) {
-        part.row = b->row + rows * i / parts;
-        part.rows_end = b->row + rows * (i + 1) / parts;
-        feed_forward(&part, l);
-    }
+    if (b->by_rows)
+        in_blocks(b, l);
+    else
+        feed_forward(b, l);
 }
 
 /* rows [count][in] through a small dense layer, in place of a swap: returns where the result lies. */

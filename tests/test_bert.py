@@ -11,6 +11,7 @@ twice the largest movement.
 """
 
 import math
+import threading
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -242,6 +243,29 @@ def test_any_number_of_threads(precision: str, isa: str, lengths: tuple[int, ...
             core.forward(*batch, hidden=True, pooler=True, vectors=True, threads=threads), expected, strict=True
         ):
             np.testing.assert_array_equal(result, one)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("lengths", [(), (5,), (130,), (64, 64), (60,) * 50], ids=len)
+def test_meanwhile(lengths: tuple[int, ...], threads: int) -> None:
+    """Called once by the calling thread, however the batch is cut; what it raises ends the call and goes on."""
+    model = models.random_model(seed=7, **SHAPES["head64"] | {"max_position_embeddings": 130})
+    batch = models.random_batch(lengths, model.config["vocab_size"])
+    core = _core.Model(model.config | {"pooling": ("mean",)}, model.tensors())
+    expected = core.forward(*batch, vectors=True, threads=threads)[2]
+    callers = []
+    vectors = core.forward(
+        *batch, vectors=True, threads=threads, meanwhile=lambda: callers.append(threading.get_ident())
+    )[2]
+    assert callers == [threading.get_ident()]
+    np.testing.assert_array_equal(vectors, expected)
+
+    def fail() -> None:
+        raise KeyError("on purpose")
+
+    with pytest.raises(KeyError, match="on purpose"):
+        core.forward(*batch, vectors=True, threads=threads, meanwhile=fail)
+    np.testing.assert_array_equal(core.forward(*batch, vectors=True, threads=threads)[2], expected)
 
 
 # ---- through the Python surface ----

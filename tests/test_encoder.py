@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import count, islice, pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -317,6 +318,28 @@ def test_progress_bar(encoder: Encoder, capfd: pytest.CaptureFixture[str], caplo
         assert "30/30" in capfd.readouterr().err
         encoder.encode(["cat"] * 30, show_progress_bar=False)
         assert capfd.readouterr().err == ""
+
+
+def test_next_texts_are_tokenized_while_the_engine_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of `encode`, which has them all; `iter_encode` reads a text no sooner than it must."""
+    encoder = Encoder(folder)
+    model, encode_batch = encoder._model, encoder.tokenizer.encode_batch
+    events: list[str] = []
+
+    def forward(*arrays: Any, **options: Any) -> Any:
+        events.append("run")
+        outputs = model.forward(*arrays, **options)
+        events.append("done")
+        return outputs
+
+    monkeypatch.setattr(encoder, "_model", SimpleNamespace(forward=forward, vector_dim=model.vector_dim))
+    monkeypatch.setattr(encoder.tokenizer, "encode_batch", lambda part: events.append("read") or encode_batch(part))
+    texts = sentences(20)  # of 8 at a time
+    encoder.encode(texts, batch_size=1)
+    assert events == "read run read done run read done run done".split()
+    events.clear()
+    assert len(list(encoder.iter_encode(texts, batch_size=8))) == 20
+    assert events == "read run done".split() * 3
 
 
 def test_iter_encode(encoder: Encoder) -> None:

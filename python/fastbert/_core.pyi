@@ -1,4 +1,4 @@
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,7 @@ class Model:
         pooler: bool = False,
         vectors: bool = False,
         threads: int = 0,
+        meanwhile: Callable[[], object] | None = None,
     ) -> tuple[NDArray[np.float32] | None, NDArray[np.float32] | None, NDArray[np.float32] | None]: ...
 
 class Linear:

@@ -1,6 +1,8 @@
 # cython: language_level=3, freethreading_compatible=True, binding=True
 """Binding of csrc/fastbert.h: the packed model and its forward pass. Shapes are checked here, once."""
 
+from cpython.object cimport PyObject
+from cpython.ref cimport Py_DECREF
 from libc.stdint cimport int32_t, int64_t, uint32_t
 from libc.stdlib cimport calloc, free
 
@@ -10,8 +12,9 @@ from mmap import mmap
 import numpy as np
 
 
-cdef extern from "Python.h":
-    int PyErr_CheckSignals() noexcept  # declared so that Cython leaves the exception it sets alone
+cdef extern from "Python.h":  # declared so that Cython leaves the exceptions they set alone
+    int PyErr_CheckSignals() noexcept
+    PyObject *PyObject_CallObject(PyObject *callable, PyObject *args) noexcept
 
 
 cdef extern from "fastbert.h" nogil:
@@ -152,14 +155,27 @@ cdef int lookup(dict table, key, str what) except -1:
 
 
 cdef int raise_pending() except -1:
-    """Lets the exception that a signal handler has set go on."""
+    """Lets the exception that between_micro_batches has left set go on."""
     return -1
 
 
-cdef int poll_signals(void *caller) noexcept nogil:
-    """Runs pending Python signal handlers; what they raise (KeyboardInterrupt) stays set and stops the run."""
+cdef int between_micro_batches(void *meanwhile) noexcept nogil:
+    """Runs Python signal handlers, and once what `meanwhile` points at. What they raise stays set and stops the run."""
+    cdef PyObject **pending = <PyObject **>meanwhile
+    cdef PyObject *called
+    cdef PyObject *result
     with gil:
-        return PyErr_CheckSignals() != 0
+        if PyErr_CheckSignals() != 0:
+            return 1
+        if pending[0] is NULL:
+            return 0
+        called = pending[0]
+        pending[0] = NULL
+        result = PyObject_CallObject(called, NULL)
+        if result is NULL:
+            return 1
+        Py_DECREF(<object>result)
+    return 0
 
 
 cdef object fill_tensor(fb_tensor *tensor, int64_t *tensor_strides, str name, source):
@@ -305,12 +321,13 @@ cdef class Model:
 
     def forward(self, const int32_t[::1] ids not None, const int64_t[::1] offsets not None,
                 const int32_t[::1] type_ids=None, *, bint hidden=False, bint pooler=False, bint vectors=False,
-                int threads=0):
+                int threads=0, meanwhile=None):
         """Runs a ragged batch: ids [tokens] int32, offsets [batch + 1] int64 from 0 to tokens, type_ids [tokens].
 
         Returns (last_hidden_state [tokens, hidden], pooler_output [batch, hidden], vectors [batch, dim]), float32,
-        None where not asked for. The GIL is released; signal handlers run between micro-batches.
-        Raises ValueError (offsets, lengths, ids out of range), MemoryError, whatever a signal handler raises.
+        None where not asked for. The GIL is released; between micro-batches the calling thread runs signal handlers, and
+        once `meanwhile()`, while other threads go on.
+        Raises ValueError (offsets, lengths, ids out of range), MemoryError, whatever a signal handler or meanwhile raises.
         """
         cdef Py_ssize_t size = offsets.shape[0] - 1, tokens = ids.shape[0]
         cdef fb_batch batch
@@ -319,6 +336,7 @@ cdef class Model:
         cdef fb_error err
         cdef fb_status status
         cdef float[:, ::1] view
+        cdef PyObject *pending = NULL if meanwhile is None else <PyObject *>meanwhile
         self.check_loaded()
         if size < 0 or offsets[0] != 0 or offsets[size] != tokens:
             raise ValueError(f"offsets: expected batch + 1 values from 0 to {tokens}")
@@ -350,14 +368,16 @@ cdef class Model:
             elif vectors:
                 raise ValueError("pooling: the model was loaded without one, so there are no sentence vectors")
             options.threads = threads
-            options.canceled = poll_signals
-            options.canceled_arg = NULL
+            options.canceled = between_micro_batches
+            options.canceled_arg = &pending
             with nogil:
                 status = fb_forward(self.model, &batch, &out, &options, &err)
             if status == FB_ECANCELED:
                 raise_pending()
             if status != FB_OK:
                 raise_status(&err)
+        if pending is not NULL:
+            meanwhile()
         return hidden_array, pooler_array, vectors_array
 
 

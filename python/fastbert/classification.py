@@ -10,7 +10,7 @@ from fastbert.encoder import BATCHES_PER_STEP
 from fastbert.heads import TaskModel, check_pairs, slices
 from fastbert.pretrained import Floats, LongTexts, one_of, positive, progress_bar
 from fastbert.sentence import load_cross_encoder_config
-from fastbert.tokenizer import check_texts
+from fastbert.tokenizer import TokenBatch, check_texts
 
 OnLong = Literal["truncate", "warn", "error"]
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
@@ -88,11 +88,21 @@ class _PooledModel(TaskModel):
     def _steps(
         self, texts: list[str], pairs: list[str] | None, batch_size: int, long: LongTexts
     ) -> Iterator[tuple[slice, Floats]]:
-        for part in slices(len(texts), BATCHES_PER_STEP * positive("batch_size", batch_size)):
+        parts = slices(len(texts), BATCHES_PER_STEP * positive("batch_size", batch_size))
+
+        def tokenized() -> tuple[slice, list[str] | None, TokenBatch] | None:
+            part = next(parts, None)
+            if part is None:
+                return None
             second = None if pairs is None else pairs[part]
-            batch = self.tokenizer.encode_batch(texts[part], second)
+            return part, second, self.tokenizer.encode_batch(texts[part], second)
+
+        made: list[tuple[slice, list[str] | None, TokenBatch] | None] = []  # while other threads run, at most one
+        while taken := made.pop() if made else tokenized():
+            part, second, batch = taken
             self._report_long(long, batch, part.start, texts[part], second)
-            yield part, self._logits(self._encode(batch))
+            meanwhile = (lambda: made.append(tokenized())) if self._threads > 1 else None
+            yield part, self._logits(self._encode(batch, meanwhile))
 
 
 class SequenceClassifier(_PooledModel):

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from fastbert import _core
 from fastbert.pretrained import Floats, LongTexts, Pretrained, one_of, positive, progress_bar
 from fastbert.sentence import load_sentence_config
-from fastbert.tokenizer import Tokenizer, check_texts
+from fastbert.tokenizer import TokenBatch, Tokenizer, check_texts
 
 # Texts of one step of encode, in units of batch_size: the engine runs the longest texts of a step first, so that with
 # several batches in a step no thread waits for one long text.
@@ -230,7 +230,8 @@ class Encoder(Pretrained):
         prompt : str, optional
             The text to put in front; wins over `prompt_name`.
         batch_size : int, default 32
-            Bounds memory: 8 batches of texts are in work at a time. Never changes a result.
+            Bounds memory: 8 batches of texts are in work at a time, and with several threads the tokens of 8 more wait.
+            Never changes a result.
         show_progress_bar : bool, optional
             Default: whether the logger "fastbert" is at INFO or below.
         output_value : {"sentence_embedding", "token_embeddings"}
@@ -272,7 +273,7 @@ class Encoder(Pretrained):
         info = EncodeInfo(np.empty(len(texts), np.int64), np.empty(len(texts), np.bool_)) if return_info else None
         done = 0
         with progress_bar(len(texts), show_progress_bar) as progress:
-            for step in self._steps(texts, size, plan):
+            for step in self._steps(texts, size, plan, ahead=len(texts) > size and self._threads > 1):
                 part = slice(done, done + len(step.rows))
                 result[part] = step.rows
                 if info is not None:
@@ -371,12 +372,18 @@ class Encoder(Pretrained):
             count_cut=return_info or on_long != "truncate",
         )
 
-    def _steps(self, texts: Iterable[str], size: int, plan: _Plan) -> Iterator[_Step]:
-        """What becomes of `size` texts at a time."""
+    def _tokenized(self, texts: Iterator[str], size: int, plan: _Plan) -> tuple[list[str], TokenBatch] | None:
+        """The next texts, with their prompt, and their tokens; None where there are no more."""
+        part = [plan.prompt + text for text in islice(texts, size)]
+        return (part, plan.tokenizer.encode_batch(part)) if part else None
+
+    def _steps(self, texts: Iterable[str], size: int, plan: _Plan, ahead: bool = False) -> Iterator[_Step]:
+        """What becomes of `size` texts at a time. ahead: the next ones are tokenized while other threads run."""
         texts = iter(texts)
+        made: list[tuple[list[str], TokenBatch] | None] = []  # ahead, at most one
         first = 0
-        while part := [plan.prompt + text for text in islice(texts, size)]:
-            batch = plan.tokenizer.encode_batch(part)
+        while taken := made.pop() if made else self._tokenized(texts, size, plan):
+            part, batch = taken
             counts = batch.offsets[1:] - batch.offsets[:-1] if plan.count_cut else None
             if counts is not None and batch.truncated.any():
                 cut = np.flatnonzero(batch.truncated)
@@ -389,6 +396,7 @@ class Encoder(Pretrained):
                 hidden=plan.tokens,
                 vectors=not plan.tokens,
                 threads=self._threads,
+                meanwhile=(lambda: made.append(self._tokenized(texts, size, plan))) if ahead else None,
             )
             if hidden is not None:
                 yield _Step([hidden[a:b] for a, b in pairwise(batch.offsets)], counts, batch.truncated)

@@ -8,7 +8,7 @@ question_answering.py and masked_lm.py. A row of logits has the same bits whatev
 
 import os
 import reprlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -246,10 +246,11 @@ class TaskModel(Pretrained):
             rows = layer(rows, threads=self._threads)
         return rows
 
-    def _encode(self, batch: TokenBatch) -> Floats:
-        """What the head reads: a row for each text, or for each token."""
+    def _encode(self, batch: TokenBatch, meanwhile: Callable[[], object] | None = None) -> Floats:
+        """What the head reads: a row for each text, or for each token. meanwhile: called while other threads run."""
         wanted = {"pooler": "pooler", "first": "vectors", "hidden": "hidden"}[self._head.reads]
-        outputs = self._model.forward(batch.ids, batch.offsets, batch.type_ids, **{wanted: True}, threads=self._threads)
+        arrays = batch.ids, batch.offsets, batch.type_ids
+        outputs = self._model.forward(*arrays, **{wanted: True}, threads=self._threads, meanwhile=meanwhile)
         return next(rows for rows in outputs if rows is not None)
 
     def _report_long(
