@@ -85,7 +85,8 @@ uint32_t fb_cpu_features(void)
     if (leaf0[EAX] >= 0x1d)
         cpuid(0x1d, 1, leaves[LEAF_1D_1]);
     const uint32_t osxsave = leaves[LEAF_1][ECX] >> 27 & 1;
-    const uint32_t features = listed(leaves, osxsave ? xgetbv0() : 0);
+    const int amd = leaf0[EBX] == 0x68747541 && leaf0[EDX] == 0x69746e65 && leaf0[ECX] == 0x444d4163; /* AuthenticAMD */
+    const uint32_t features = listed(leaves, osxsave ? xgetbv0() : 0) | (amd ? FB_CPU_NEAR_L3 : 0);
     return features & amx && !tiles_permitted() ? features & ~amx : features;
 }
 

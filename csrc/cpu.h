@@ -1,4 +1,5 @@
-/* cpu.h: what this CPU has and this OS allows, as bits. Vector sets count only when the OS saves their registers. */
+/* cpu.h: what this CPU has and this OS allows, as bits. Vector sets count only when the OS saves their registers. A bit that
+ * is no instruction set only makes things faster. */
 #ifndef FB_CPU_H
 #define FB_CPU_H
 
@@ -17,6 +18,7 @@ enum {
     FB_CPU_AMXTILE = 1 << 9,
     FB_CPU_AMXINT8 = 1 << 10,
     FB_CPU_AMXBF16 = 1 << 11,
+    FB_CPU_NEAR_L3 = 1 << 12, /* AMD: what leaves the L2 cache is soon back */
     /* ARM64: from the top down, so that both families grow without meeting */
     FB_CPU_NEON = 1 << 30,
     FB_CPU_DOTPROD = 1 << 29,

@@ -82,5 +82,7 @@ fb_status fb_select_kernels(const char *isa, fb_kernels *merged, fb_error *err)
         if (seen && row.supported)
             inherit(merged, row.kernels);
     }
+    if (fb_cpu_features() & FB_CPU_NEAR_L3 && merged->row_block < FB_ROW_BLOCK_NEAR)
+        merged->row_block = FB_ROW_BLOCK_NEAR;
     return seen ? FB_OK : unknown_isa(isa, err);
 }

@@ -201,6 +201,8 @@ typedef void fb_softmax_u8(ptrdiff_t rows, ptrdiff_t n, const float *x, ptrdiff_
 typedef void fb_layernorm_f32(ptrdiff_t rows, ptrdiff_t n, const float *x, ptrdiff_t ldx, const float *gamma,
                               const float *beta, float eps, float *y, ptrdiff_t ldy);
 
+enum { FB_ROW_BLOCK_NEAR = 256 };
+
 typedef struct fb_kernels {
     const char *isa;
     uint32_t needs; /* FB_CPU_* bits, all of them (cpu.h) */
@@ -212,7 +214,8 @@ typedef struct fb_kernels {
     fb_quantize_u8 *quantize_u8;
     fb_mix_quantize_u8 *mix_quantize_u8;
     const fb_gemm_s8 *gemm_s8;
-    ptrdiff_t row_block; /* rows that go through a layer together after attention, by the size of the L2 cache */
+    ptrdiff_t row_block; /* rows that go through a layer together after attention, by the size of the L2 cache; at least
+                          * FB_ROW_BLOCK_NEAR on CPUs of FB_CPU_NEAR_L3 */
     const fb_gemm_split *gemm_split; /* NULL in sets and on CPUs without it; then float32 models run on gemm_f32 */
 } fb_kernels;
 
