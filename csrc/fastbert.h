@@ -129,7 +129,8 @@ typedef struct fb_outputs {
 
 typedef struct fb_run_options {
     int threads; /* 0: fb_usable_threads(0) */
-    /* Called by the calling thread between micro-batches; non-zero stops the run. May be NULL. */
+    /* Called by the calling thread between micro-batches, where it may do other work while threads run; non-zero stops the
+     * run. May be NULL. */
     int (*canceled)(void *canceled_arg);
     void *canceled_arg;
 } fb_run_options;

@@ -322,6 +322,7 @@ def test_progress_bar(encoder: Encoder, capfd: pytest.CaptureFixture[str], caplo
 
 def test_next_texts_are_tokenized_while_the_engine_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of `encode`, which has them all; `iter_encode` reads a text no sooner than it must."""
+    monkeypatch.setattr(_core, "usable_threads", lambda threads: 2)  # also where this process may use one CPU
     encoder = Encoder(folder)
     model, encode_batch = encoder._model, encoder.tokenizer.encode_batch
     events: list[str] = []
