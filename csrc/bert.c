@@ -231,7 +231,8 @@ static ptrdiff_t rows_at_once(const fb_model *m, ptrdiff_t rows)
 static size_t lay_out(const fb_model *m, ptrdiff_t tokens, ptrdiff_t longest, int team, workspace *ws)
 {
     const size_t row = sizeof(float) * (size_t)tokens;
-    const ptrdiff_t blocks = rows_at_once(m, tokens) * team, up_rows = blocks < tokens ? blocks : tokens;
+    const ptrdiff_t block_rows = rows_at_once(m, tokens) * team;
+    const ptrdiff_t up_rows = block_rows < tokens ? block_rows : tokens;
     const int split = fb_encoder_format(&m->config, &m->kernels) == FB_FORMAT_SPLIT;
     const struct {
         size_t offset_of;
@@ -609,13 +610,14 @@ static void in_blocks(const micro_batch *b, const fb_layer *l)
 {
     const fb_model *m = b->model;
     const ptrdiff_t rows = b->rows_end - b->row, most = rows_at_once(m, b->tokens), parts = (rows + most - 1) / most;
-    const ptrdiff_t blocks = most * b->team->rank;
+    const ptrdiff_t before =
+        most * b->team->rank; /* rows of the blocks of other members, or all of their rows if fewer */
     workspace ws = *b->ws;
     micro_batch part = *b;
     part.ws = &ws;
     part.row = 0;
     ws.y += b->row * m->ld_hidden;
-    ws.up += (blocks < b->row ? blocks : b->row) * m->ld_intermediate;
+    ws.up += (before < b->row ? before : b->row) * m->ld_intermediate;
     ws.q += b->row * m->ld_q;
     ws.q_scale += b->row;
     ws.q_zero += b->row;

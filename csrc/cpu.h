@@ -1,5 +1,5 @@
-/* cpu.h: what this CPU has and this OS allows, as bits. Vector sets count only when the OS saves their registers. A bit that
- * is no instruction set only makes things faster. */
+/* cpu.h: what this CPU has and this OS allows, as bits. Vector sets count only when the OS saves their registers.
+ * FB_CPU_NEAR_L3 is no instruction set: it decides how work is cut. */
 #ifndef FB_CPU_H
 #define FB_CPU_H
 

@@ -8,7 +8,7 @@ import numpy as np
 from fastbert import _core
 from fastbert.encoder import BATCHES_PER_STEP
 from fastbert.heads import TaskModel, check_pairs, slices
-from fastbert.pretrained import Floats, LongTexts, one_of, positive, progress_bar
+from fastbert.pretrained import Ahead, Floats, LongTexts, one_of, positive, progress_bar
 from fastbert.sentence import load_cross_encoder_config
 from fastbert.tokenizer import TokenBatch, check_texts
 
@@ -97,12 +97,11 @@ class _PooledModel(TaskModel):
             second = None if pairs is None else pairs[part]
             return part, second, self.tokenizer.encode_batch(texts[part], second)
 
-        made: list[tuple[slice, list[str] | None, TokenBatch] | None] = []  # while other threads run, at most one
-        while taken := made.pop() if made else tokenized():
+        batches = Ahead(tokenized)
+        while taken := batches.take():
             part, second, batch = taken
             self._report_long(long, batch, part.start, texts[part], second)
-            meanwhile = (lambda: made.append(tokenized())) if self._threads > 1 else None
-            yield part, self._logits(self._encode(batch, meanwhile))
+            yield part, self._logits(self._encode(batch, batches.make if self._threads > 1 else None))
 
 
 class SequenceClassifier(_PooledModel):

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastbert import _core
-from fastbert.pretrained import Floats, LongTexts, Pretrained, one_of, positive, progress_bar
+from fastbert.pretrained import Ahead, Floats, LongTexts, Pretrained, one_of, positive, progress_bar
 from fastbert.sentence import load_sentence_config
 from fastbert.tokenizer import TokenBatch, Tokenizer, check_texts
 
@@ -379,10 +379,9 @@ class Encoder(Pretrained):
 
     def _steps(self, texts: Iterable[str], size: int, plan: _Plan, ahead: bool = False) -> Iterator[_Step]:
         """What becomes of `size` texts at a time. ahead: the next ones are tokenized while other threads run."""
-        texts = iter(texts)
-        made: list[tuple[list[str], TokenBatch] | None] = []  # ahead, at most one
+        batches = Ahead(partial(self._tokenized, iter(texts), size, plan))
         first = 0
-        while taken := made.pop() if made else self._tokenized(texts, size, plan):
+        while taken := batches.take():
             part, batch = taken
             counts = batch.offsets[1:] - batch.offsets[:-1] if plan.count_cut else None
             if counts is not None and batch.truncated.any():
@@ -396,7 +395,7 @@ class Encoder(Pretrained):
                 hidden=plan.tokens,
                 vectors=not plan.tokens,
                 threads=self._threads,
-                meanwhile=(lambda: made.append(self._tokenized(texts, size, plan))) if ahead else None,
+                meanwhile=batches.make if ahead else None,
             )
             if hidden is not None:
                 yield _Step([hidden[a:b] for a, b in pairwise(batch.offsets)], counts, batch.truncated)

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,7 @@ logger = logging.getLogger("fastbert")
 logger.addHandler(logging.NullHandler())
 
 Floats = NDArray[np.float32]
+T = TypeVar("T")
 
 
 class Pretrained(ABC):
@@ -185,6 +186,22 @@ class LongTexts:
             level, frame = level + 1, frame.f_back
         warnings.warn(f"{message}; it is cut, as is every longer text after it", stacklevel=level)
         self.on_long = "truncate"
+
+
+class Ahead(Generic[T]):
+    """What a function gives, call by call; `make` calls it before its result is taken, while other threads run."""
+
+    __slots__ = ("_function", "_made")
+
+    def __init__(self, function: Callable[[], T]) -> None:
+        self._function = function
+        self._made: list[T] = []
+
+    def make(self) -> None:
+        self._made.append(self._function())
+
+    def take(self) -> T:
+        return self._made.pop(0) if self._made else self._function()
 
 
 def progress_bar(total: int, shown: bool | None) -> AbstractContextManager[Callable[[int], object]]:
