@@ -610,8 +610,7 @@ static void in_blocks(const micro_batch *b, const fb_layer *l)
 {
     const fb_model *m = b->model;
     const ptrdiff_t rows = b->rows_end - b->row, most = rows_at_once(m, b->tokens), parts = (rows + most - 1) / most;
-    const ptrdiff_t before =
-        most * b->team->rank; /* rows of the blocks of other members, or all of their rows if fewer */
+    const ptrdiff_t before = most * b->team->rank; /* rows of the members before: a block of each, or all if fewer */
     workspace ws = *b->ws;
     micro_batch part = *b;
     part.ws = &ws;
